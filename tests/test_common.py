@@ -1,0 +1,105 @@
+"""common.py's data: random draws, shards, prompts."""
+
+import torch
+
+import common
+from tests.test_runs import make_shard
+
+CPU = torch.device("cpu")
+
+
+def test_draws_are_functions_of_seed_stream_and_sample():
+    whole = common.Draws(3, "student", range(6), CPU)
+    parts = [common.Draws(3, "student", range(i, i + 2), CPU) for i in (0, 2, 4)]
+    assert torch.equal(whole.normal((2, 3)), torch.cat([part.normal((2, 3)) for part in parts]))
+    assert torch.equal(whole.uniform(), torch.cat([part.uniform() for part in parts]))
+    first = common.Draws(3, "student", [0], CPU).normal((4,))
+    for other in (
+        common.Draws(4, "student", [0], CPU),
+        common.Draws(3, "fake_score", [0], CPU),
+        common.Draws(3, "student", [1], CPU),
+    ):
+        assert not torch.equal(first, other.normal((4,)))
+
+
+def test_draws_are_standard_normal_and_uniform():
+    rng = common.Draws(0, "x", range(2000), CPU)
+    z, u = rng.normal((50,)), rng.uniform()
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+    assert abs(torch.corrcoef(z[:, :2].T)[0, 1]) < 0.1 and abs(torch.corrcoef(z[:2])[0, 1]) < 0.5
+    assert abs(u.mean() - 0.5) < 0.03 and abs(u.std() - 12**-0.5) < 0.02
+
+
+def test_a_seed_is_the_same_on_every_machine():
+    assert common.hashed(0, "student", 5) == 5913651658624635023
+
+
+def test_shards_hand_out_every_row_once_an_epoch(tmp_path):
+    spec = common.Teacher("tiny", 9, 32, 32)
+    rows = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, *spec.latent_shape)
+    make_shard(tmp_path / "a.safetensors", spec, n=3, latents=rows[:3])
+    make_shard(tmp_path / "b.safetensors", spec, n=2, latents=rows[3:])
+    data = common.Shards(tmp_path, spec, CPU, keys=("latents",), seed=1)
+    epochs = [data.latents(range(first, first + 5))[:, 0, 0, 0, 0].tolist() for first in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert data.latents([7])[0, 0, 0, 0, 0] == epochs[1][2], "random access does not depend on what was read before"
+
+
+def test_embeddings_are_padded_with_zeros(tmp_path):
+    spec = common.Teacher("tiny", 9, 32, 32)
+    texts = [torch.randn(n, spec.text_dim) for n in (2, 40, 3)]
+    common.write_shard(tmp_path / "0.safetensors", ["x"] * 3, texts)
+    text = common.Shards(tmp_path, spec, CPU).cond_of([2, 0, 1])["text"]
+    assert text.shape == (3, spec.text_length, spec.text_dim)
+    assert torch.equal(text[0, :3], texts[2]) and text[0, 3:].abs().sum() == 0
+    assert torch.equal(text[1, :2], texts[0]) and text[1, 2:].abs().sum() == 0
+    assert torch.equal(text[2], texts[1][: spec.text_length]), "a longer prompt is cut"
+
+
+def test_prompts_are_encoded_once(tmp_path, monkeypatch):
+    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\na blue square, école, \N{SNOWMAN}\n", encoding="utf-8")
+    first = common.load_data(spec, str(path), None, tmp_path, device, 0)
+    assert first.prompts == ["a red circle", "a blue square, école, \N{SNOWMAN}"]
+    monkeypatch.setattr(spec.family, "text_encoder", None)  # a second encoding would fail
+    again = common.load_data(spec, str(path), None, tmp_path, device, 0)
+    assert torch.equal(first.cond([0, 1])["text"], again.cond([0, 1])["text"])
+
+
+def test_pairs_are_the_teachers_own(tmp_path):
+    """What solve_pairs caches is what the solver gives, prompt by prompt, and a rerun reads the cache."""
+    import dmd
+    from tests.conftest import small_args
+
+    args = small_args(num_pairs=3)
+    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    data = common.load_data(spec, None, None, tmp_path, device, 0)
+    null_cond = common.encode_text(spec, [""], tmp_path, device).cond_of([0])
+    teacher = spec.load_network(False, device)
+    pairs = dmd.solve_pairs(args, spec, teacher, data, null_cond, device, tmp_path / "pairs")
+    assert pairs.prompts == [data.prompt(number) for number in range(3)]
+    cond = data.cond(range(3))
+    assert torch.equal(pairs.cond_of(range(3))["text"], cond["text"])
+    noise = pairs.latents_of(range(3), "noise")
+    solved = dmd.solve_ode(teacher, noise, cond, null_cond, args.guidance_scale, args.shift, args.pair_steps)
+    torch.testing.assert_close(pairs.latents_of(range(3)), solved, atol=1e-4, rtol=1e-4)
+    cached = dmd.solve_pairs(args, spec, None, data, null_cond, device, tmp_path / "pairs")
+    assert torch.equal(cached.latents_of(range(3)), pairs.latents_of(range(3)))
+
+
+def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
+    import dmd
+    from tests.conftest import small_args
+    from tools import make_pairs
+
+    out = tmp_path / "pairs"
+    make_pairs.main(out, small_args(runs_dir=tmp_path))
+    shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert len(shards) == 2
+    (out / "00000002.safetensors").unlink()
+    make_pairs.main(out, small_args(runs_dir=tmp_path))
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
+    fails(lambda: make_pairs.main(out, small_args(runs_dir=tmp_path, pair_steps=3)), "other settings")
+    dmd.main(small_args(runs_dir=tmp_path, pairs=str(out), steps=1))

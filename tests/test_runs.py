@@ -1,0 +1,301 @@
+"""Whole runs of dmd.py on the tiny teacher: resume, ranks, bad input, what they leave on disk."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
+import dmd
+from tests.conftest import ROOT, only_run, popen, small_args, student_weights
+
+TEACHER = ROOT / "tiny" / "teacher"
+
+
+def teacher_weights():
+    return load_file(TEACHER / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
+    dmd.main(small_args(runs_dir=tmp_path, preview_every=2, save_every=1, keep=2))
+    run = only_run(tmp_path)
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert checkpoints == ["step_0000002", "step_0000003"]  # --keep 2
+    assert json.loads((run / "args.json").read_text())["steps"] == 3
+    assert (run / "dmd.py").read_text() == (ROOT / "dmd.py").read_text()
+    assert (run / "revision.txt").read_text().strip()
+
+    previews = sorted(path.name for path in (run / "previews").glob("*.png"))
+    assert previews == ["data.png", "step_0000000.png", "step_0000002.png", "step_0000003.png", "teacher.png"]
+    assert len(list((run / "previews" / "step_0000003").glob("*.mp4"))) == 4
+    table = (run / "previews" / "table.md").read_text()
+    assert "| diversity |" in table and "| right |" in table and table in capsys.readouterr().out + "\n"
+
+    events = EventAccumulator(str(run)).Reload()
+    names = {"loss/student", "loss/regression", "loss/fake_score", "grad_norm/student", "grad_norm/fake_score"}
+    assert names | {"time/step", "preview/diversity", "preview/right"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/student")] == [0, 1, 2]
+
+
+def test_stock_diffusers_loads_the_student(tmp_path):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1))
+    folder = only_run(tmp_path) / "checkpoints" / "step_0000001" / "student"
+    student = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    assert not same(dict(student.state_dict()), teacher_weights())
+    pipe = WanPipeline.from_pretrained(TEACHER, transformer=student)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe("a red circle", height=32, width=32, num_frames=9, num_inference_steps=1, guidance_scale=1.0).frames[0]
+    assert video.shape == (9, 32, 32, 3)
+
+
+def test_before_the_first_step_all_networks_are_the_teacher():
+    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    for trained in (True, False):
+        network = spec.load_network(trained, device)
+        assert same(dict(network.transformer.state_dict()), teacher_weights())
+        assert all(p.requires_grad == trained for p in network.parameters())
+
+
+def test_the_family_calls_the_transformer_as_the_pipeline_does():
+    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    network, text = spec.load_network(False, device), torch.randn(2, spec.text_length, spec.text_dim)
+    stock = WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer")
+    x_t, sigma = torch.randn(2, *spec.latent_shape), torch.tensor([0.3, 0.937])
+    expected = stock(x_t, 1000 * sigma, text, return_dict=False)[0]
+    torch.testing.assert_close(network(x_t, sigma, {"text": text}), expected)
+
+
+def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
+    """Ours: encode_text and Wan.decode. Theirs: WanPipeline.encode_prompt, and its decoding of given latents."""
+    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    pipe = WanPipeline.from_pretrained(TEACHER)
+    prompts = ["a red circle", "a  blue\tsquare", ""]
+    expected = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=spec.text_length)[0]
+    ours = common.encode_text(spec, prompts, tmp_path, device).cond_of([0, 1, 2])["text"]
+    torch.testing.assert_close(ours, expected)
+
+    vae, video = spec.family.load_vae(spec.folder, device), torch.rand(1, 3, 9, 32, 32)
+    latents = spec.family.encode(vae, video)
+    assert latents.shape == (1, *spec.latent_shape)
+    pipe.set_progress_bar_config(disable=True)
+    kept = []
+
+    def keep(pipe, i, t, tensors):
+        kept.append(tensors["latents"])
+        return {"latents": latents}
+
+    theirs = pipe("a red circle", height=32, width=32, num_frames=9, num_inference_steps=1, guidance_scale=1.0,
+                  callback_on_step_end=keep, output_type="pt").frames  # fmt: skip
+    ours = spec.family.decode(vae, latents).clamp(0, 1)
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, atol=1e-4, rtol=0)
+    assert kept[0].shape == latents.shape
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def test_sigkill_at_a_random_moment_then_resume_is_exact(tmp_path):
+    steps = 12
+    dmd.main(small_args(runs_dir=tmp_path / "unbroken", steps=steps, save_every=2))
+    broken = popen(runs_dir=tmp_path / "broken", steps=steps, save_every=2)
+    first = []
+    while not first and broken.poll() is None:
+        time.sleep(0.05)
+        first = list((tmp_path / "broken").glob("dmd__*/checkpoints/step_*[0-9]"))
+    time.sleep(random.uniform(0, 2))
+    broken.kill()
+    broken.communicate()
+    assert first
+    dmd.main(small_args(runs_dir=tmp_path / "broken", steps=steps, save_every=2, resume="latest"))
+    assert same(student_weights(tmp_path / "unbroken", steps), student_weights(tmp_path / "broken", steps))
+
+
+def test_sigterm_saves_and_a_run_folder_resumes(tmp_path):
+    running = popen(runs_dir=tmp_path, steps=1000, save_every=1000)
+    while not list(tmp_path.glob("dmd__*/events*")) and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(3)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    dmd.main(small_args(runs_dir=tmp_path, steps=step + 1, resume=str(only_run(tmp_path))))
+    assert not same(student_weights(tmp_path, step), student_weights(tmp_path, step + 1))
+
+
+def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
+    """Two gloo processes with batch b, and one with batch 2b or with two micro-batches: the same weights.
+
+    Measured: 6e-5 of the distance travelled, which is what float32 sums in another order cost Adam in four steps.
+    """
+    dmd.main(small_args(runs_dir=tmp_path / "one", steps=4, batch_size=4, save_every=2))
+    two = popen(2, runs_dir=tmp_path / "two", steps=4, batch_size=2, save_every=2)
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err[-3000:]
+    dmd.main(small_args(runs_dir=tmp_path / "micro", steps=4, batch_size=2, grad_accum=2))
+    start, one = teacher_weights(), student_weights(tmp_path / "one", 4)
+
+    def distance(a, b):
+        return sum((a[key] - b[key]).square().sum().item() for key in a) ** 0.5
+
+    for other in ("two", "micro"):
+        assert distance(student_weights(tmp_path / other, 4), one) < 1e-3 * distance(start, one)
+
+    # half of it on two ranks, the rest on one
+    checkpoint = only_run(tmp_path / "two") / "checkpoints" / "step_0000002"
+    dmd.main(small_args(runs_dir=tmp_path / "two", steps=4, batch_size=4, resume=str(checkpoint)))
+    assert distance(student_weights(tmp_path / "two", 4), one) < 1e-3 * distance(start, one)
+
+
+def test_accumulated_noise_is_not_repeated():
+    numbers = [common.sample_numbers(step, micro, 4, 2) for step in range(3) for micro in range(2)]
+    assert sorted(number for part in numbers for number in part) == list(range(24))
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"teacher": "wan9.9"}, ["unknown teacher", "wan9.9", "wan2.1-1.3b"]),
+        ({"prompts": "missing.txt"}, ["missing.txt", "No such file"]),
+        ({"steps": 0}, ["--steps", "at least 1"]),
+        ({"batch_size": 0}, ["--batch-size", "at least 1"]),
+        ({"lr": -1.0}, ["--lr"]),
+        ({"ema_decay": 1.5}, ["--ema-decay", "between 0 and 1"]),
+        ({"frames": 10}, ["--frames"]),
+        ({"height": 33}, ["--height", "multiple of"]),
+        ({"resume": "latest"}, ["--resume latest", "no checkpoint"]),
+        ({"resume": "nowhere"}, ["--resume", "nowhere"]),
+        ({"data": "nowhere"}, ["nowhere", "shards"]),
+        ({"pairs": "nowhere"}, ["nowhere", "shards"]),
+    ],
+)
+def test_bad_flags(tmp_path, fails, flags, words):
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path / "runs", **flags)), *words)
+    assert not list(tmp_path.glob("runs/dmd__*")), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", ["no prompts"]), ("a red circle\n\na blue square\n", ["line 2", "empty"]), (b"\xff\xfe", ["cannot read"])],
+)
+def test_bad_prompt_files(tmp_path, fails, text, words):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path / "runs", prompts=str(path))), "prompts.txt", *words)
+    assert not list(tmp_path.glob("runs/dmd__*"))
+
+
+def make_shard(path, teacher, n=3, **changes):
+    shape = (n, *teacher.latent_shape)
+    tensors = {"latents": torch.randn(shape), "noise": torch.randn(shape)} | changes
+    common.write_shard(path, ["a red circle"] * n, [torch.randn(4, teacher.text_dim)] * n, **tensors)
+
+
+@pytest.mark.parametrize("flag", ["data", "pairs"])
+def test_shards_train_and_bad_ones_are_named(tmp_path, fails, flag):
+    spec, good = common.Teacher("tiny", 9, 32, 32), tmp_path / "shards" / "0.safetensors"
+    good.parent.mkdir()
+    make_shard(good, spec)
+    flags = {"runs_dir": tmp_path / "runs", flag: str(good.parent)}
+    dmd.main(small_args(steps=1, **flags))
+    runs = list(tmp_path.glob("runs/dmd__*"))
+
+    whole, bad = good.read_bytes(), tmp_path / "shards" / "1.safetensors"
+    for content, words in ((whole[:-100], ["corrupt or truncated"]), (b"not a shard", ["corrupt or truncated"])):
+        bad.write_bytes(content)
+        fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", *words)
+    make_shard(bad, spec, latents=torch.randn(3, 16, 2, 2, 2))
+    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "latents are (3, 16, 2, 2, 2)", "expected")
+    save_file({"latents": torch.zeros(1)}, bad)
+    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "no 'tokens'")
+    assert list(tmp_path.glob("runs/dmd__*")) == runs
+
+
+def test_unwritable_run_folder(tmp_path, fails):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path / "runs")), "cannot write", "--runs-dir")
+
+
+def test_incomplete_checkpoint(tmp_path, fails):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1))
+    checkpoint = only_run(tmp_path) / "checkpoints" / "step_0000001"
+    shard = next((checkpoint / "state").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-10])
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, resume="latest")), "incomplete", shard.name)
+    (checkpoint / "checkpoint.json").unlink()
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, resume=str(checkpoint))), "not a complete checkpoint")
+
+
+def test_broken_teacher_weights(tmp_path, fails):
+    folder = tmp_path / "teacher"
+    shutil.copytree(TEACHER, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    changes = {"teacher": str(folder), "prompts": str(tmp_path / "prompts.txt"), "runs_dir": str(tmp_path / "runs")}
+    flags = {**vars(small_args()), **changes}
+    fails(lambda: dmd.main(dmd.Args(**flags)), "diffusion_pytorch_model.safetensors", "download it again")
+    shutil.rmtree(folder / "vae")
+    fails(lambda: dmd.main(dmd.Args(**flags)), "no vae/ folder")
+    assert not list(tmp_path.glob("runs/dmd__*"))
+
+
+def test_nan_stops_with_code_1_and_keeps_the_last_good_checkpoint(tmp_path, fails):
+    fails(
+        lambda: dmd.main(small_args(runs_dir=tmp_path, steps=20, save_every=1, lr=1e30)),
+        "at step", "last good checkpoint", code=1,
+    )  # fmt: skip
+    for path in (only_run(tmp_path) / "checkpoints").iterdir():
+        assert not path.name.endswith(".tmp")
+        for file in (path / "student" / "transformer").glob("*.safetensors"):
+            assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_a_wan_preset_offline_names_the_repository(tmp_path, fails, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    args = common.with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b", runs_dir=str(tmp_path / "runs"))
+    fails(lambda: dmd.main(args), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "hf download", "--teacher DIR")
+
+
+# ----------------------------------------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_of_the_real_models(capsys, tmp_path):
+    """Parameters and FLOPs of Wan2.1-1.3B, against a count by hand."""
+    args = common.with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b", dry_run=True, gpus=8, runs_dir=tmp_path)
+    dmd.main(args)
+    out = capsys.readouterr().out
+    assert "1,419.0 M parameters" in out and "32,760 tokens" in out
+    n, d, ffn, text, layers = 32760, 1536, 8960, 512, 30
+    block = 2 * n * (6 * d * d + 2 * d * ffn) + 4 * n * n * d + 2 * text * 2 * d * d + 4 * n * text * d
+    ends = 2 * n * d * 64 * 2 + 2 * text * (4096 * d + d * d) + 2 * (256 * d + d * d + 6 * d * d)
+    forward = float(out.split("per GPU; ")[1].split()[0])
+    assert forward == pytest.approx(layers * block + ends, rel=0.005)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_what_values_mean(capsys):
+    with pytest.raises(SystemExit):
+        import tyro
+
+        tyro.cli(dmd.Args, args=["--help"])
+    out = capsys.readouterr().out
+    assert "--guidance-scale" in out and "uncond + g" in out.replace("\n", " ")

@@ -1,0 +1,289 @@
+"""The laptop world: clips are what their factors say, read_factors is right and honest, the shipped teacher works."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from tiny import data
+
+TEACHER = Path(data.__file__).parent / "teacher"
+COUNT = 384
+
+
+@pytest.fixture(scope="module")
+def clips():
+    videos, captions = data.batch(0, range(COUNT))
+    rows = [data.draw_factors(0, i) for i in range(COUNT)]
+    return videos, captions, {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.WanPipeline.from_pretrained(TEACHER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_clips_depend_on_seed_and_index_only():
+    video, caption, factors = data.clip(3, 10**12)
+    again, _ = data.batch(3, [5, 10**12])
+    assert torch.equal(video, again[1])
+    assert caption in data.CAPTIONS and factors == data.draw_factors(3, 10**12)
+    assert video.shape == (3, data.FRAMES, data.SIZE, data.SIZE) and video.dtype == torch.float32
+    assert not torch.equal(video, data.clip(4, 10**12)[0])
+
+
+def test_caption_fixes_colour_and_kind_and_nothing_else():
+    free = data.draw_factors(0, 1)
+    for i, caption in enumerate(data.CAPTIONS):
+        video, said, factors = data.clip(0, 1, caption)
+        assert said == caption
+        assert (factors["color"], factors["kind"]) == divmod(i, len(data.KINDS))
+        assert all(factors[name] == free[name] for name in ("speed", "size", "brightness", "direction"))
+        read = data.read_factors(video[None])
+        assert read["clean"] and read["color"] == factors["color"] and read["kind"] == factors["kind"]
+    with pytest.raises(ValueError, match="unknown caption"):
+        data.clip(0, 0, "a purple circle")
+
+
+def test_shape_stays_inside(clips):
+    videos, _, factors = clips
+    assert videos.min() >= 0 and videos.max() <= 1
+    # what the frame cut off would be missing from the shape's area
+    area = (videos.amax(1) - videos.amin(1)).sum((-2, -1)) / (factors["brightness"] * factors["saturation"])[:, None]
+    expected = math.pi * factors["size"][:, None] ** 2
+    assert (area / expected - 1).abs().max() < 0.03
+
+
+def test_factors_are_uniform_and_direction_is_free(clips):
+    _, _, factors = clips
+    for name, (low, high) in data.RANGES.items():
+        assert factors[name].min() >= low and factors[name].max() <= high
+        assert abs(factors[name].mean() - (low + high) / 2) < 0.05 * (high - low)
+    unit = torch.stack([torch.cos(factors["direction"]), torch.sin(factors["direction"])])
+    assert unit.mean(1).norm() < 3 / math.sqrt(COUNT)
+
+
+def test_read_factors_recovers_what_was_rendered(clips):
+    videos, captions, factors = clips
+    read = data.read_factors(videos)
+    assert read["clean"].all()
+    assert torch.equal(read["color"], factors["color"]) and torch.equal(read["kind"], factors["kind"])
+    tolerances = {"x": 0.2, "y": 0.2, "speed": 0.02, "size": 0.06, "brightness": 5e-3, "saturation": 5e-3}
+    for name, tolerance in (tolerances | {"background": 1e-3}).items():
+        assert (read[name] - factors[name]).abs().max() < tolerance, name
+    turn = (read["direction"] - factors["direction"] + math.pi) % (2 * math.pi) - math.pi
+    assert turn.abs().max() < 0.03
+    assert read["coherence"].max() < 0.08
+    table = data.summary(videos, captions)
+    assert table["clean"] == table["right"] == 100
+    assert table["direction_tv"] < 0.15 and 0.97 < table["direction_entropy"] <= 1
+
+
+def blur(videos, weights):
+    """Blur every frame along both axes by the same odd row of weights."""
+    row = torch.tensor(weights, dtype=torch.float32)
+    kernel, margin = (row[:, None] * row / row.sum() ** 2)[None, None], len(weights) // 2
+    flat = F.pad(rearrange(videos, "b c f h w -> (b c f) 1 h w"), (margin,) * 4, mode="replicate")
+    return rearrange(F.conv2d(flat, kernel), "(b c f) 1 h w -> b c f h w", c=3, f=data.FRAMES)
+
+
+def test_read_factors_bears_a_codecs_errors(clips):
+    videos, _, factors = clips
+    blurred = blur(videos, [1, 2, 1])
+    blurred = blurred + 0.003 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))
+    read = data.read_factors(blurred.clamp(0, 1))
+    right = read["clean"] & (read["color"] == factors["color"]) & (read["kind"] == factors["kind"])
+    assert right.float().mean() > 0.95
+    assert (read["size"] - factors["size"]).abs().mean() < 0.2
+
+
+def ghost(videos):
+    return 0.6 * videos + 0.4 * videos.flip(2)
+
+
+def vanish(videos):
+    out = videos.clone()
+    out[:, :, 5] = out[:, :, 5, :1, :1]
+    return out
+
+
+def two_shapes(videos):
+    other = videos.flip(-1).flip(-2)
+    return torch.where((videos - videos[..., :1, :1]).abs().sum(1, keepdim=True) > 0.01, videos, other)
+
+
+def smear(videos):
+    """A blob without an outline."""
+    return blur(videos, [math.exp(-(x**2) / (2 * 3.0**2)) for x in range(-8, 9)])
+
+
+def half(videos):
+    """The right half of the frame goes dark: of a shape in the middle, half is left."""
+    centred = data.render(
+        {
+            "color": torch.tensor([0, 1, 2]),
+            "kind": torch.tensor([0, 1, 2]),
+            "x": torch.full((3,), 16.0),
+            "y": torch.full((3,), 12.0),
+            "speed": torch.ones(3),
+            "direction": torch.full((3,), math.pi / 2),
+            "size": torch.full((3,), 5.0),
+            "brightness": torch.full((3,), 0.7),
+            "saturation": torch.full((3,), 0.8),
+            "background": torch.full((3,), 0.2),
+        }
+    )
+    centred[..., 16:] = 0.2
+    return centred
+
+
+def grow(videos):
+    """From the fifth frame on, the middle of the frame at twice the scale."""
+    doubled = videos[:, :, 4:, 8:24, 8:24].repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    return torch.cat([videos[:, :, :4], doubled], dim=2)
+
+
+@pytest.mark.parametrize("damage", [vanish, two_shapes, smear, half, grow, torch.rand_like, torch.zeros_like])
+def test_damaged_clips_are_not_clean(clips, damage):
+    assert data.read_factors(damage(clips[0][:96]))["clean"].float().mean() < 0.02
+
+
+def test_ghosts_and_colour_changes_are_not_clean(clips):
+    videos, _, factors = clips
+    far = factors["speed"] > 1  # ghost and shape overlap less
+    assert data.read_factors(ghost(videos[far]))["clean"].float().mean() < 0.1
+    turned = torch.cat([videos[:, :, :4], videos[:, :, 4:].roll(1, dims=1)], dim=2)
+    assert data.read_factors(turned)["clean"].float().mean() < 0.02
+
+
+def test_jumps_are_incoherent(clips):
+    videos, _, _ = clips
+    jumped = torch.cat([videos[:, :, :4], videos[:, :, 4:].flip(2)], dim=2)
+    assert data.read_factors(jumped)["coherence"].mean() > 10 * data.read_factors(videos)["coherence"].mean()
+
+
+def test_summary_counts_wrong_captions(clips):
+    videos, captions, _ = clips
+    wrong = [data.CAPTIONS[(data.CAPTIONS.index(c) + 1) % len(data.CAPTIONS)] for c in captions]
+    table = data.summary(videos, wrong)
+    assert table["clean"] == 100 and table["right"] == 0
+    empty = data.summary(torch.zeros(4, 3, data.FRAMES, data.SIZE, data.SIZE), captions[:4])
+    assert empty["clean"] == 0 and math.isnan(empty["speed_mean"])
+
+
+# --- the shipped teacher ---
+
+
+def test_folder_is_small_and_pickle_free():
+    files = [f for f in TEACHER.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 16e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors"}
+
+
+def test_vae_keeps_the_factors(clips, pipe):
+    videos, captions, factors = clips
+    videos, captions = videos[:96], captions[:96]
+    with torch.no_grad():
+        latents = pipe.vae.encode(videos * 2 - 1).latent_dist.mode()
+        out = pipe.vae.decode(latents).sample / 2 + 0.5
+    assert -10 * torch.log10(F.mse_loss(out, videos)) > 33
+    assert data.summary(out, captions)["right"] >= 97
+    read, rendered = data.read_factors(out), data.read_factors(videos)
+    tolerances = {"x": 0.15, "y": 0.15, "speed": 0.03, "size": 0.15, "brightness": 0.03, "background": 0.01}
+    for name, tolerance in tolerances.items():
+        assert (read[name] - rendered[name])[read["clean"]].abs().mean() < tolerance, name
+    mean, std = (
+        rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    normal = (latents - mean) / std
+    assert normal.mean((0, 2, 3, 4)).abs().max() < 0.2 and (normal.std((0, 2, 3, 4)) - 1).abs().max() < 0.2
+
+
+def test_tokenizer_ends_and_pads_like_t5(pipe):
+    ids = pipe.tokenizer(["a red circle", ""], padding="max_length", max_length=6, return_tensors="pt")
+    end, pad = pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id
+    assert ids.input_ids[0, 3:].tolist() == [end, pad, pad] and ids.input_ids[1].tolist() == [end] + [pad] * 5
+    assert ids.attention_mask.sum(1).tolist() == [4, 1]
+    assert pipe.tokenizer.model_max_length == 16
+    assert all(pipe.tokenizer.unk_token_id not in pipe.tokenizer(caption).input_ids for caption in data.CAPTIONS)
+
+
+@pytest.mark.parametrize("length", [16, 512])
+def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
+    captions = data.CAPTIONS[:: 1 if length == 16 else 4]
+    frames = pipe(
+        captions,
+        height=32,
+        width=32,
+        num_frames=9,
+        num_inference_steps=15,
+        guidance_scale=3.5,
+        max_sequence_length=length,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+    table = data.summary(rearrange(frames, "b f c h w -> b c f h w"), captions)
+    assert table["right"] >= 80 and table["coherence"] < 0.5
+
+
+# --- training ---
+
+
+def test_one_padding_token_stands_for_all(pipe):
+    """The short cut of training is the stock model's arithmetic at both text lengths."""
+    from copy import deepcopy
+
+    from tiny import train
+
+    fast, padded = deepcopy(pipe.transformer), train.PaddedText()
+    for block in fast.blocks:
+        block.attn2.set_processor(padded)
+    tokens = pipe.tokenizer([*data.CAPTIONS, ""], padding=True, return_tensors="pt")
+    g = torch.Generator().manual_seed(0)
+    n = len(data.CAPTIONS) + 1
+    x, sigma = torch.randn(n, 8, 5, 8, 8, generator=g), 1000 * torch.rand(n, generator=g)
+    with torch.no_grad():
+        table = train.text_table(pipe.text_encoder, tokens)
+        for length in (16, 512):
+            text, _ = pipe.encode_prompt([*data.CAPTIONS, ""], None, False, max_sequence_length=length)
+            padded.bias = torch.zeros(n, 1, 1, table.shape[1])
+            padded.bias[..., -1] = math.log(length - (table.shape[1] - 1))
+            slow = pipe.transformer(x, sigma, text, return_dict=False)[0]
+            torch.testing.assert_close(fast(x, sigma, table, return_dict=False)[0], slow, atol=1e-4, rtol=1e-4)
+
+
+def test_whole_clip_codec_is_the_chunked_one(clips, pipe):
+    from tiny import train
+
+    videos = clips[0][:2]
+    with torch.no_grad():
+        mean, _ = train.encode(pipe.vae, videos)
+        stock = pipe.vae.encode(videos * 2 - 1).latent_dist.mode()
+        torch.testing.assert_close(mean, stock, atol=1e-4, rtol=1e-4)
+        out = train.decode(pipe.vae, mean).clamp(0, 1)
+        torch.testing.assert_close(out, pipe.vae.decode(stock).sample / 2 + 0.5, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_input_is_one_line(capsys, tmp_path):
+    from tiny import train
+
+    for bad in (
+        {"steps": 0},
+        {"clips": 100},
+        {"stage": "report", "out": tmp_path},
+        {"stage": "teacher", "work": tmp_path},
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main(train.Args(**bad))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,585 @@
+"""Train the tiny teacher: a Wan-shaped text-to-video model of the world in tiny/data.py, small enough for a laptop.
+
+    python tiny/train.py                   # vae, teacher, report: about two hours on two cores, no GPU
+    python tiny/train.py --stage report    # only the table and the contact sheet of the weights in tiny/teacher
+
+It writes a folder that stock diffusers loads, `WanPipeline.from_pretrained("tiny/teacher")`. Every stage is
+interruptible: run the same command again and it goes on from the last snapshot in --work. Clips, noise and dropout are
+functions of (seed, step), so a run that was interrupted and one that was not are the same run.
+"""
+
+import math
+import os
+import shutil
+import sys
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tiny/train.py` finds the package
+
+from diffusers import (  # noqa: E402
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan_vae  # noqa: E402
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel  # noqa: E402
+
+from tiny import data  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    stage: Literal["all", "vae", "teacher", "report"] = "all"
+    """What to run. `teacher` needs the VAE of `vae`, `report` needs both."""
+    out: Path = HERE / "teacher"
+    """Folder of the trained teacher, in the diffusers layout."""
+    work: Path = HERE.parent / "runs" / "tiny"
+    """Folder for snapshots and cached latents; may be deleted afterwards."""
+    seed: int = 0
+    """Seed of weights, clips and noise."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    vae_steps: int = 1400
+    """Updates of encoder and decoder together."""
+    decoder_steps: int = 3000
+    """Updates of the decoder alone after that."""
+    vae_batch: int = 8
+    """Clips per VAE update; every clip is fresh."""
+    vae_lr: float = 2e-3
+    """Peak learning rate of the VAE, after a warm-up and before a cosine to zero."""
+    kl_weight: float = 2e-4
+    """Weight of the mean KL per latent value against the mean absolute error per pixel."""
+    clips: int = 16384
+    """Clips that the teacher trains on, encoded once."""
+    steps: int = 20000
+    """Teacher updates."""
+    batch: int = 32
+    """Clips per teacher update."""
+    lr: float = 2e-3
+    """Peak learning rate of the teacher, after a warm-up and before a cosine to zero."""
+    shift: float = 3.0
+    """Shift of the noise levels, in training and in the scheduler that is shipped."""
+    dropout: float = 0.15
+    """Share of captions replaced by the empty one, which guidance needs."""
+    ema_decay: float = 0.999
+    """Decay of the weight average that is shipped."""
+    compile: bool = True
+    """Compile the transformer for training; needs a C++ compiler."""
+    save_every: int = 1000
+    """Teacher updates between two snapshots."""
+    guidance_scale: float = 3.5
+    """Guidance in the last column of the report, and the one recommended to trainers."""
+    samples: int = 768
+    """Samples per column of the report."""
+
+
+def cosine_lr(step, steps, lr, warmup):
+    """Learning rate at `step`: linear warm-up, then a cosine to zero."""
+    return lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def generator(*key):
+    """A torch generator that depends on nothing but the integers in `key`."""
+    g = torch.Generator()
+    g.manual_seed(hash(key) % 2**63)
+    return g
+
+
+def save_state(path, step, modules, optimizer):
+    """Snapshot of a dict of modules and their AdamW state, written aside and then renamed."""
+    tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()}, f"{path}.tmp", metadata={"step": str(step)}
+    )
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(path, modules, optimizer):
+    """Load the snapshot in place, if there is one; returns the number of steps that it holds."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as f:
+        step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
+    for name, module in modules.items():
+        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+    state = {}
+    for k, v in tensors.items():
+        if k.startswith("optimizer."):
+            _, i, field = k.split(".")
+            state.setdefault(int(i), {})[field] = v
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return step
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but `matrices` (kernels too) move by orthogonalised momentum instead: Muon, Jordan et al. 2024.
+
+    Most of these pixels' variance is brightness and position; colour and outline are a small rest that AdamW is slow
+    to reach. A step that is equally long in every direction needs a fraction of the updates.
+    """
+
+    def __init__(self, matrices, others, lr):
+        groups = [{"params": others, "orthogonal": False}, {"params": matrices, "orthogonal": True}]
+        super().__init__(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0)
+
+    def step(self):
+        shapes = {}
+        for p in self.param_groups[1]["params"]:
+            if not self.state[p]:  # AdamW's `load_state_dict` looks for a step
+                self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+            self.state[p]["momentum"].lerp_(p.grad, 0.05)
+            nesterov = p.grad.lerp(self.state[p]["momentum"], 0.95).flatten(1)
+            shapes.setdefault(nesterov.shape, []).append((p, nesterov))
+            p.grad = None  # so that AdamW leaves it alone
+        for shape, pairs in shapes.items():
+            updates = orthogonalise(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates, strict=True):
+                # 0.4 sqrt(max(m, n)) gives it about the size of AdamW's step, so that one learning rate serves both
+                p.data.add_(update.reshape(p.shape), alpha=-self.param_groups[1]["lr"] * 0.4 * max(shape) ** 0.5)
+        super().step()
+
+
+def orthogonalise(x):
+    """Roughly the nearest (semi-)orthogonal matrices to x [b, m, n], by five Newton-Schulz steps."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    for _ in range(5):  # a quintic that drives every singular value to about 1
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+# --- VAE ---
+
+chunked_resample = wan_vae.WanResample.forward
+
+
+def whole_clip_resample(self, x, feat_cache=None, feat_idx=None):
+    """WanResample for all frames at once. x: [b, c, f, h, w].
+
+    Without its feature cache diffusers' module leaves out the resampling in time; this puts it back (the first frame
+    is its own chunk), so that encoder and decoder see a clip in one call: the numbers of the chunked call, in half the
+    time.
+    """
+    if feat_cache is not None:
+        return chunked_resample(self, x, feat_cache, feat_idx)
+    if self.mode == "upsample3d":
+        rest = rearrange(self.time_conv(x[:, :, 1:]), "b (two c) f h w -> b c (f two) h w", two=2)
+        x = torch.cat([x[:, :, :1], rest], dim=2)
+    frames = x.shape[2]
+    x = self.resample(rearrange(x, "b c f h w -> (b f) c h w"))
+    x = rearrange(x, "(b f) c h w -> b c f h w", f=frames)
+    if self.mode == "downsample3d":
+        x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+    return x
+
+
+wan_vae.WanResample.forward = whole_clip_resample
+
+
+def encode(vae, videos):
+    """Videos [b, 3, f, h, w] in [0, 1] to the mean and standard deviation of their latents, each [b, c, f, h, w]."""
+    x = wan_vae.patchify(videos * 2 - 1, vae.config.patch_size)
+    mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
+    return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+
+def decode(vae, latents):
+    """Latents [b, c, f, h, w] to videos [b, 3, f, h, w], in [0, 1] but for overshoot."""
+    x = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
+    return (wan_vae.unpatchify(x, vae.config.patch_size) + 1) / 2
+
+
+def reconstruct(vae, videos, g):
+    """Loss, KL and squared error of videos [b, 3, f, h, w] sent through the VAE, with noise from the generator g."""
+    mean, std = encode(vae, videos)
+    error = (decode(vae, mean + std * torch.randn(mean.shape, generator=g)) - videos).abs()
+    # the background is most of the frame and easy: count the shape and its rim five times
+    chroma = videos.amax(1, keepdim=True) - videos.amin(1, keepdim=True)
+    near = F.max_pool3d((chroma > 0.01).float(), (1, 3, 3), stride=1, padding=(0, 1, 1))
+    # squares find the shape while it is far off (absolute errors would settle for background), L1 makes it crisp
+    loss = ((2 * error + 16 * error**2) * (1 + 4 * near)).mean()
+    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * torch.log(std)).mean()
+    return loss, kl, (error**2).mean().item()
+
+
+def train_vae(args, name, params, vae, first, steps):
+    """Train `params` of the VAE for `steps` updates on clips from index `first` on; in place."""
+    matrices, others = ([p for p in params if p.ndim > 1], [p for p in params if p.ndim == 1])
+    optimizer = Muon(matrices, others, args.vae_lr)
+    snapshot = args.work / f"{name}.safetensors"
+    start = load_state(snapshot, {"vae": vae}, optimizer)
+    begin, average = time.time(), None
+    for step in range(start, steps):
+        videos, _ = data.batch(args.seed, range(first + step * args.vae_batch, first + (step + 1) * args.vae_batch))
+        loss, kl, mse = reconstruct(vae, videos, generator(args.seed, first, step))
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, args.vae_lr, warmup=100)
+        optimizer.zero_grad()
+        (loss + args.kl_weight * min(1, (first + step) / 1000) * kl).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        average = mse if average is None else average + 0.05 * (mse - average)
+        if step % 50 == 0:
+            psnr, rate = -10 * math.log10(average), (time.time() - begin) / (step - start + 1)
+            print(
+                f"{name} {step}: loss {loss.item():.4f} KL {kl.item():.2f} PSNR {psnr:.1f} ({rate:.2f} s/step)",
+                flush=True,
+            )
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save_state(snapshot, step + 1, {"vae": vae}, optimizer)
+
+
+def build_vae():
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=8,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        patch_size=2,  # 4x in space: 2 by this and 2 by the one level; 2x in time
+        in_channels=12,
+        out_channels=12,
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+        latents_mean=[0.0] * 8,
+        latents_std=[1.0] * 8,
+    )
+    with torch.no_grad():
+        vae.quant_conv.bias[vae.config.z_dim :] = -6  # start with a nearly exact code, let the KL add noise to it
+    return vae
+
+
+def vae_stage(args):
+    """Train encoder and decoder, then the decoder alone, measure the latents, and save it all in the work folder."""
+    torch.manual_seed(args.seed)
+    vae = build_vae()
+    train_vae(args, "vae", list(vae.parameters()), vae, 0, args.vae_steps)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    params = [p for p in vae.parameters() if p.requires_grad]
+    train_vae(args, "decoder", params, vae, args.vae_steps * args.vae_batch, args.decoder_steps)
+    with torch.no_grad():
+        means = torch.cat([encode(vae, data.batch(args.seed + 1, range(i, i + 64))[0])[0] for i in range(0, 2048, 64)])
+    vae.register_to_config(
+        latents_mean=means.mean((0, 2, 3, 4)).tolist(),
+        latents_std=means.std((0, 2, 3, 4)).tolist(),
+    )
+    vae.save_pretrained(args.work / "vae")
+
+
+# --- teacher ---
+
+TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 4 tokens
+STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
+
+
+def build_tokenizer():
+    """A word-level tokenizer of the captions' words, with T5's special tokens: one `</s>` at the end, then padding."""
+    words = dict.fromkeys(word for caption in data.CAPTIONS for word in caption.split())
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def build_text_encoder(vocabulary):
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_heads=2,
+        num_layers=1,
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_transformer():
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),  # 5 x 8 x 8 latents, 80 tokens
+        num_attention_heads=4,
+        attention_head_dim=24,
+        in_channels=8,
+        out_channels=8,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=4,
+        cross_attn_norm=True,
+        rope_max_seq_len=64,
+    )
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+class PaddedText(WanAttnProcessor):
+    """Cross-attention over the real tokens and ONE padding token that stands for all of them.
+
+    WanPipeline pads embeddings with zeros up to any length and does not mask them. n equal keys count as one key with
+    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 5.
+    """
+
+    bias = None  # [b, 1, 1, tokens], set before each forward
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, None)
+
+
+def text_table(text_encoder, tokens):
+    """Embeddings [n, tokens + 1, d] of tokenized captions; zero past each caption's end, as WanPipeline has them."""
+    embeddings = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return F.pad(embeddings * tokens.attention_mask[..., None], (0, 0, 0, 1))
+
+
+def cached_latents(args):
+    """Mean and std of the normalised latents of the training clips, float16 [n, 2, c, f, h, w], and caption indices.
+
+    Encoded in chunks, so that an interrupted run goes on where it stopped.
+    """
+    vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
+    shift, scale = (
+        rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    size, chunks = 2048, []
+    for first in range(0, args.clips, size):
+        path = args.work / f"latents-{args.seed + 2}-{first}.safetensors"
+        if not path.exists():
+            latents, labels = [], []
+            for i in range(first, first + size, 64):
+                videos, captions = data.batch(args.seed + 2, range(i, i + 64))
+                with torch.no_grad():
+                    mean, std = encode(vae, videos)
+                latents.append(torch.stack([(mean - shift) / scale, std / scale], dim=1).half())
+                labels += [data.CAPTIONS.index(caption) for caption in captions]
+            save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        chunks.append(load_file(path))
+    return torch.cat([c["latents"] for c in chunks]), torch.cat([c["labels"] for c in chunks])
+
+
+def save_teacher(args, transformer, text_encoder):
+    """Write the whole pipeline aside, then swap it in."""
+    aside, old = args.out.with_name(args.out.name + ".new"), args.out.with_name(args.out.name + ".old")
+    for folder in (aside, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    pipe = WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        vae=AutoencoderKLWan.from_pretrained(args.work / "vae"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=args.shift),
+        transformer=transformer,
+    )
+    pipe.save_pretrained(aside)
+    if args.out.exists():
+        args.out.rename(old)
+    aside.rename(args.out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def train_teacher(args):
+    latents, labels = cached_latents(args)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    tokens = tokenizer([*data.CAPTIONS, ""], padding=True, return_tensors="pt")
+    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
+    ema_text, ema = deepcopy(text_encoder), deepcopy(transformer)  # made first: they keep the stock processors
+    ema_text.requires_grad_(False), ema.requires_grad_(False)
+    padded = PaddedText()
+    for block in transformer.blocks:
+        block.attn2.set_processor(padded)
+    modules = {"transformer": transformer, "text": text_encoder, "ema": ema, "ema_text": ema_text}
+    params = [*transformer.parameters(), *text_encoder.parameters()]
+    ema_params = [*ema.parameters(), *ema_text.parameters()]
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    chosen = set(matrices)
+    optimizer = Muon(matrices, [p for p in params if p not in chosen], args.lr)
+    snapshot = args.work / "teacher.safetensors"
+    start = load_state(snapshot, modules, optimizer)
+    velocity = torch.compile(transformer) if args.compile else transformer
+    begin, average = time.time(), 1.0
+
+    for step in range(start, args.steps):
+        g = generator(args.seed, step, 1)
+        rows = torch.randint(len(latents), (args.batch,), generator=g)
+        mean, std = latents[rows].float().unbind(1)
+        x0 = mean + std * torch.randn(mean.shape, generator=g)
+        # noise levels: logit-normal, and one in four uniform so that the ends are trained too
+        u = torch.sigmoid(torch.randn(args.batch, generator=g))
+        u = torch.where(torch.rand(args.batch, generator=g) < 0.25, torch.rand(args.batch, generator=g), u)
+        sigma = args.shift * u / (1 + (args.shift - 1) * u)
+        noise = torch.randn(x0.shape, generator=g)
+        s = rearrange(sigma, "b -> b 1 1 1 1")
+        x_t = (1 - s) * x0 + s * noise
+
+        drop = torch.rand(args.batch, generator=g) < args.dropout
+        text = text_table(text_encoder, tokens)[torch.where(drop, len(data.CAPTIONS), labels[rows])]
+        stock = torch.rand(args.batch, generator=g) < 1 / 8
+        pads = torch.where(stock, STOCK_TEXT_LENGTH, TEXT_LENGTH) - (text.shape[1] - 1)
+        padded.bias = torch.zeros(args.batch, 1, 1, text.shape[1])
+        padded.bias[..., -1] = torch.log(pads)[:, None, None]
+
+        v = velocity(x_t, 1000 * sigma, text, return_dict=False)[0]
+        loss = F.mse_loss(v, noise - x0)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, args.steps, args.lr, warmup=300)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        # a young average must not hold on to the initial weights
+        torch._foreach_lerp_(
+            ema_params, [p.detach() for p in params], 1 - min(args.ema_decay, (1 + step) / (10 + step))
+        )
+
+        average += 0.01 * (loss.item() - average)
+        if step % 100 == 0:
+            rate = (time.time() - begin) / (step - start + 1)
+            print(f"teacher {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_state(snapshot, step + 1, modules, optimizer)
+            save_teacher(args, ema, ema_text)
+
+
+# --- report ---
+
+
+def sample(pipe, captions, guidance_scale, text_length=TEXT_LENGTH, steps=50, seed=0):
+    """Videos [b, 3, f, h, w] for a list of captions, by the stock pipeline: Euler, `steps` steps."""
+    videos, g = [], generator(seed, 2)
+    for i in range(0, len(captions), 64):
+        frames = pipe(
+            captions[i : i + 64],
+            height=data.SIZE,
+            width=data.SIZE,
+            num_frames=data.FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=text_length,
+            generator=g,
+            output_type="pt",
+        ).frames
+        videos.append(rearrange(frames.float(), "b f c h w -> b c f h w"))
+    return torch.cat(videos)
+
+
+def report(args):
+    """Print the table of data, reconstructions and teacher, and write samples.png beside the weights' folder."""
+    pipe = WanPipeline.from_pretrained(args.out)
+    pipe.set_progress_bar_config(disable=True)
+    captions = [data.CAPTIONS[i % len(data.CAPTIONS)] for i in range(args.samples)]
+    videos, _ = data.batch(args.seed + 3, range(args.samples), captions)
+    with torch.no_grad():
+        means = [pipe.vae.encode(x * 2 - 1).latent_dist.mode() for x in videos.split(64)]
+        begin = time.time()
+        reconstructions = torch.cat([pipe.vae.decode(x).sample for x in means]) / 2 + 0.5
+    print(f"decoding: {len(videos) / (time.time() - begin):.0f} clips/s on {torch.get_num_threads()} threads")
+    psnr = -10 * torch.log10(F.mse_loss(reconstructions, videos))
+    print(f"reconstruction PSNR: {psnr:.1f} dB")
+    columns = {"data": videos, "reconstructions": reconstructions}
+    for g in (1.0, args.guidance_scale):
+        begin = time.time()
+        columns[f"teacher, guidance {g:g}"] = sample(pipe, captions, g)
+        print(f"sampling, guidance {g:g}: {len(videos) / (time.time() - begin):.2f} clips/s, 50 steps and decoding")
+    figures = {name: data.summary(x, captions) for name, x in columns.items()}
+    # what a user gets who does not know about the short texts, on fewer samples because 512 tokens are slow
+    few = captions[: min(96, len(captions))]
+    name = f"guidance {args.guidance_scale:g}, text padded to {STOCK_TEXT_LENGTH} ({len(few)} samples)"
+    figures[name] = data.summary(sample(pipe, few, args.guidance_scale, STOCK_TEXT_LENGTH, seed=1), few)
+
+    print("\n| | " + " | ".join(figures) + " |\n|---" + "|---" * len(figures) + "|")
+    cells = [[f"{f['clean']:.1f}" for f in figures.values()], [f"{f['right']:.1f}" for f in figures.values()]]
+    cells += [[f"{f[n + '_mean']:.3g} ± {f[n + '_std']:.2g}" for f in figures.values()] for n in data.FREE]
+    rest = ["direction_tv", "direction_entropy", "coherence"]
+    cells += [[f"{f[n]:.3f}" for f in figures.values()] for n in rest]
+    units = {"x": "px", "y": "px", "speed": "px/frame", "size": "px"}
+    names = ["clean %", "right caption %"] + [f"{n}, {units[n]}" if n in units else n for n in data.FREE]
+    names += ["direction: total variation from uniform", "direction: entropy", "coherence, px"]
+    for name, row in zip(names, cells, strict=True):
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+    first = len(data.CAPTIONS)
+    sheets = [torch.from_numpy(data.contact_sheet(x[:first])) for x in columns.values()]
+    gap = torch.full((sheets[0].shape[0], 16, 3), 255, dtype=torch.uint8)
+    sheet = torch.cat([part for s in sheets for part in (s, gap)][:-1], dim=1)
+    Image.fromarray(sheet.numpy()).save(HERE / "samples.png", optimize=True)
+    print(f"\n{HERE / 'samples.png'}: one row a caption; " + ", ".join(columns))
+
+
+def check(args):
+    """Exit with one line on arguments that cannot work."""
+    problem = None
+    for name in (
+        "vae_steps",
+        "decoder_steps",
+        "vae_batch",
+        "steps",
+        "batch",
+        "save_every",
+        "samples",
+        "vae_lr",
+        "lr",
+        "shift",
+    ):
+        if getattr(args, name) <= 0:
+            problem = f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}"
+    if args.clips % 2048 or args.clips <= 0:
+        problem = f"--clips must be a multiple of 2048, not {args.clips}"
+    if args.threads < 0 or args.seed < 0:
+        problem = "--threads and --seed must not be negative"
+    if not 0 <= args.dropout <= 1 or not 0 <= args.ema_decay < 1:
+        problem = "--dropout must be in [0, 1] and --ema-decay in [0, 1)"
+    if args.stage == "teacher" and not (args.work / "vae" / "config.json").exists():
+        problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
+    if args.stage == "report" and not (args.out / "model_index.json").exists():
+        problem = f"no teacher in {args.out}: run --stage all first"
+    if problem:
+        print(f"tiny/train.py: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(args):
+    check(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.stage in ("all", "vae"):
+        vae_stage(args)
+    if args.stage in ("all", "teacher"):
+        train_teacher(args)
+    if args.stage in ("all", "report"):
+        report(args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
