@@ -9,7 +9,6 @@ A user's mistake ends in one line on standard error and exit code 2; a loss that
 
 import argparse
 import hashlib
-import html
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
@@ -76,7 +77,7 @@ class Fatal(SystemExit):
     def __init__(self, message, code=2):
         super().__init__(code)
         self.message = message
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -129,7 +130,9 @@ def init_distributed():
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        # two hours: while one process downloads a teacher, the others wait
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -151,8 +154,7 @@ def teacher_folder(teacher, *parts):
             try:
                 if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                     snapshot_download(source, allow_patterns=patterns)
-                if dist.is_initialized():
-                    dist.barrier()  # one download a machine
+                dist.barrier()  # one download a machine
                 folder = snapshot_download(source, allow_patterns=patterns, local_files_only=True)
             except Exception as error:  # the hub client raises a dozen kinds for "no network", "no access", "no space"
                 raise Fatal(
@@ -172,7 +174,7 @@ class Wan(nn.Module):
     """Wan 2.1 text-to-video: cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
     transformer_class = WanTransformer3DModel
-    # Wan's own default, in Alibaba's English translation it gave with the diffusers port
+    # a constant of the model: the negative prompt of diffusers' Wan examples, which is Wan's own in English
     negative_prompt = (
         "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
         "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly "
@@ -209,8 +211,7 @@ class Wan(nn.Module):
 
         @torch.no_grad()
         def encode(prompts):
-            # as WanPipeline cleans them, without ftfy
-            prompts = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+            prompts = [prompt_clean(prompt) for prompt in prompts]
             ids = pipe.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             mask = ids.attention_mask.to(device)
             text = pipe.text_encoder(ids.input_ids.to(device), mask).last_hidden_state
@@ -278,6 +279,10 @@ class Teacher:
             raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
         self.latent_shape = (self.config["in_channels"], (frames - 1) // time + 1, height // space, width // space)
         self.world = tiny if recipe_name(teacher) == "tiny" else None
+        if self.world and (frames, height, width) != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
+            raise Fatal(
+                f"the tiny world is {tiny.FRAMES} frames of {tiny.SIZE} x {tiny.SIZE}: --frames, --height, --width"
+            )
         self.fps = tiny.FPS if self.world else 16
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
@@ -431,7 +436,14 @@ class Run:
         if self.rank == 0:
             make_folder(self.folder / "checkpoints")
             make_folder(self.folder / "previews")
-            (self.folder / "args.json").write_text(json.dumps(self.args, indent=2, default=str) + "\n")
+            for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
+            record, args = self.folder / "args.json", json.loads(json.dumps(self.args, default=str))
+            before = json.loads(record.read_text()) if record.is_file() else args
+            for name in sorted(args.keys() - {"resume"}):
+                if args[name] != before.get(name):
+                    print(f"resuming with --{name.replace('_', '-')} {args[name]}, it was {before.get(name)}")
+            record.write_text(json.dumps(args, indent=2) + "\n")
             (self.folder / "revision.txt").write_text(git_revision())
             shutil.copy(self.script, self.folder)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
@@ -447,7 +459,7 @@ class Run:
             found = [c for run in sorted(runs_dir.glob(prefix + "*")) if (c := latest_checkpoint(run))]
             if not found:
                 raise Fatal(f"--resume latest: no checkpoint in {runs_dir}/{prefix}*; leave --resume out to start")
-            return max(found, key=lambda path: (path / "checkpoint.json").stat().st_mtime)
+            return max(found, key=lambda path: path.stat().st_mtime)
         path = Path(resume)
         if not path.is_dir():
             raise Fatal(f"--resume: no such folder {resume}")
@@ -523,6 +535,7 @@ class Run:
         values = mean_over_ranks(values)
         for name, value in values.items():
             if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
+                self.close()
                 last = latest_checkpoint(self.folder)
                 raise Fatal(f"{name} is {value} at step {step}; the last good checkpoint is {last or 'none'}", code=1)
         if self.rank:

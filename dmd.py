@@ -34,35 +34,35 @@ class Args:
     data: str | None = None
     """Folder of latent shards (see common.Shards) whose prompts and clips are used instead of --prompts."""
     frames: int = 81
-    """Frames of the video, 1 + a multiple of 4. Also --height and --width: pixels, multiples of 16."""
+    """Frames of the video; 1 + a multiple of 4 for Wan."""
     height: int = 480
-    """Height of the video in pixels."""
+    """Height of the video in pixels, a multiple of 16 for Wan."""
     width: int = 832
-    """Width of the video in pixels."""
+    """Width of the video in pixels, a multiple of 16 for Wan."""
 
     steps: int = 10_000
     """Training steps; one step updates the fake score once."""
     student_every: int = 1
     """Fake-score updates per student update. DMD: 1 : 1 (algorithm 1)."""
     batch_size: int = 1
-    """Samples per process and micro-batch. The paper's batch is 56 (ImageNet) to 2304 (LAION) images."""
+    """Samples per process and micro-batch."""
     grad_accum: int = 8
-    """Micro-batches whose gradients are averaged into one update. 8 GPUs x 1 x 8 = 64 videos, as CausVid."""
+    """Micro-batches whose gradients are averaged into one update. On 8 GPUs: 64 videos, as CoDMD on Wan2.1-1.3B."""
     lr: float = 2e-6
-    """Learning rate of the student (paper, appendix; CausVid uses the same for Wan2.1-1.3B)."""
+    """Learning rate of the student (CoDMD on Wan2.1-1.3B; so are betas, clipping, shift and guidance)."""
     fake_score_lr: float = 2e-6
-    """Learning rate of the fake score (same sources)."""
+    """Learning rate of the fake score. DMD updates both networks alike; DMD2 and CoDMD slow this one down."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas of both (paper)."""
+    """AdamW betas of student and fake score."""
     weight_decay: float = 0.01
-    """AdamW weight decay of both (paper)."""
+    """AdamW weight decay of student and fake score (PyTorch's default)."""
     max_grad_norm: float = 10.0
-    """Gradients longer than this are scaled down to it (paper)."""
+    """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.99
     """Decay of the averaged student, which is what previews and exports show; 0 keeps no average."""
 
     guidance_scale: float = 4.5
-    """Teacher's guidance, uncond + g * (cond - uncond). CausVid's 3.5 in the other convention."""
+    """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: float = 8.0
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
     regression_weight: float = 0.25
@@ -104,7 +104,7 @@ class Args:
 
 RECIPES = {
     "wan2.1-1.3b": {},
-    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config differs in these
+    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
         "steps": 300, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
@@ -223,6 +223,7 @@ def main(args):
         preview_seeds=(args.preview_seeds, 1),
         teacher_steps=(args.teacher_steps, 1),
     )
+    _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
     if args.dry_run:
         return common.dry_run(
@@ -236,7 +237,6 @@ def main(args):
             forwards=2 + 5 / args.student_every,  # fake score: rollout, fake; student: 2 students, fake, guided teacher
             backwards=1 + 2 / args.student_every,
         )
-    _, _, device = common.init_distributed()
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
     pairs = common.Shards(args.pairs, spec, device, ("latents", "noise"), args.seed) if args.pairs else None
     cache = Path(args.runs_dir) / "cache"

@@ -51,6 +51,12 @@ def student_weights(runs_dir, step):
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def process_group():
+    """main() makes one and takes it down; tests of parts of common.py need one too."""
+    common.init_distributed()
+
+
 @pytest.fixture
 def fails(capsys):
     """Run the function; it must end in one `error:` line with the words, and this exit code."""

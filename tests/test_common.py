@@ -58,7 +58,7 @@ def test_embeddings_are_padded_with_zeros(tmp_path):
 
 
 def test_prompts_are_encoded_once(tmp_path, monkeypatch):
-    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na blue square, école, \N{SNOWMAN}\n", encoding="utf-8")
     first = common.load_data(spec, str(path), None, tmp_path, device, 0)
@@ -74,7 +74,7 @@ def test_pairs_are_the_teachers_own(tmp_path):
     from tests.conftest import small_args
 
     args = small_args(num_pairs=3)
-    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
     data = common.load_data(spec, None, None, tmp_path, device, 0)
     null_cond = common.encode_text(spec, [""], tmp_path, device).cond_of([0])
     teacher = spec.load_network(False, device)

@@ -60,7 +60,7 @@ def test_stock_diffusers_loads_the_student(tmp_path):
 
 
 def test_before_the_first_step_all_networks_are_the_teacher():
-    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
     for trained in (True, False):
         network = spec.load_network(trained, device)
         assert same(dict(network.transformer.state_dict()), teacher_weights())
@@ -68,7 +68,7 @@ def test_before_the_first_step_all_networks_are_the_teacher():
 
 
 def test_the_family_calls_the_transformer_as_the_pipeline_does():
-    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
     network, text = spec.load_network(False, device), torch.randn(2, spec.text_length, spec.text_dim)
     stock = WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer")
     x_t, sigma = torch.randn(2, *spec.latent_shape), torch.tensor([0.3, 0.937])
@@ -78,7 +78,7 @@ def test_the_family_calls_the_transformer_as_the_pipeline_does():
 
 def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
     """Ours: encode_text and Wan.decode. Theirs: WanPipeline.encode_prompt, and its decoding of given latents."""
-    spec, (_, _, device) = common.Teacher("tiny", 9, 32, 32), common.init_distributed()
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
     pipe = WanPipeline.from_pretrained(TEACHER)
     prompts = ["a red circle", "a  blue\tsquare", ""]
     expected = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=spec.text_length)[0]
@@ -121,7 +121,7 @@ def test_sigkill_at_a_random_moment_then_resume_is_exact(tmp_path):
     assert same(student_weights(tmp_path / "unbroken", steps), student_weights(tmp_path / "broken", steps))
 
 
-def test_sigterm_saves_and_a_run_folder_resumes(tmp_path):
+def test_sigterm_saves_and_a_run_folder_resumes(tmp_path, capsys):
     running = popen(runs_dir=tmp_path, steps=1000, save_every=1000)
     while not list(tmp_path.glob("dmd__*/events*")) and running.poll() is None:
         time.sleep(0.05)
@@ -133,6 +133,7 @@ def test_sigterm_saves_and_a_run_folder_resumes(tmp_path):
     step = int(checkpoint.name.removeprefix("step_"))
     dmd.main(small_args(runs_dir=tmp_path, steps=step + 1, resume=str(only_run(tmp_path))))
     assert not same(student_weights(tmp_path, step), student_weights(tmp_path, step + 1))
+    assert f"resuming with --steps {step + 1}, it was 1000" in capsys.readouterr().out
 
 
 def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
@@ -178,6 +179,7 @@ def test_accumulated_noise_is_not_repeated():
         ({"ema_decay": 1.5}, ["--ema-decay", "between 0 and 1"]),
         ({"frames": 10}, ["--frames"]),
         ({"height": 33}, ["--height", "multiple of"]),
+        ({"height": 64}, ["tiny world", "9 frames of 32 x 32"]),
         ({"resume": "latest"}, ["--resume latest", "no checkpoint"]),
         ({"resume": "nowhere"}, ["--resume", "nowhere"]),
         ({"data": "nowhere"}, ["nowhere", "shards"]),

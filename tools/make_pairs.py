@@ -19,8 +19,8 @@ import dmd  # noqa: E402
 
 def main(out, args):
     common.require(num_pairs=(args.num_pairs, 1), pair_steps=(args.pair_steps, 1), batch_size=(args.batch_size, 1))
-    spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
     _, _, device = common.init_distributed()
+    spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
     cache = Path(args.runs_dir) / "cache"
     data = common.load_data(spec, args.prompts, args.data, cache, device, args.seed)
     key, note = dmd.pairs_key(args, spec, data), Path(out) / "key.txt"
