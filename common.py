@@ -69,6 +69,15 @@ WAN_CONFIGS = {
     "wan2.1-1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "wan2.1-14b": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
+# lowest, and where there is one highest, value of every script's flags
+RANGES = {
+    **dict.fromkeys(("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps"), (1,)),
+    **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
+    **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
+    **dict.fromkeys(("keep", "preview_every", "gpus", "seed"), (0,)),
+    "ema_decay": (0, 1),
+    "max_grad_norm": (1e-9,),
+}
 
 
 class Fatal(SystemExit):
@@ -107,10 +116,11 @@ def recipe_name(teacher):
     return same[0] if same else teacher
 
 
-def require(**flags):
-    """Each flag is (value, lowest allowed value) or (value, lowest, highest); one clear line if one is out of range."""
-    for name, (value, low, *high) in flags.items():
-        if not value >= low or (high and not value <= high[0]):
+def check_ranges(args):
+    """Raise one line for the first flag out of its range; args is a dict."""
+    for name, (low, *high) in RANGES.items():
+        value = args.get(name, low)
+        if not value >= low or (high and not value <= high[0]):  # written so that NaN is out of range too
             bounds = f"between {low} and {high[0]}" if high else f"at least {low}"
             raise Fatal(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
 

@@ -205,24 +205,7 @@ def pairs_key(args, spec, data):
 
 def main(args):
     # setup
-    common.require(
-        steps=(args.steps, 1),
-        student_every=(args.student_every, 1),
-        batch_size=(args.batch_size, 1),
-        grad_accum=(args.grad_accum, 1),
-        lr=(args.lr, 0),
-        fake_score_lr=(args.fake_score_lr, 0),
-        ema_decay=(args.ema_decay, 0, 1),
-        shift=(args.shift, 1),
-        num_pairs=(args.num_pairs, 1),
-        pair_steps=(args.pair_steps, 1),
-        save_every=(args.save_every, 1),
-        keep=(args.keep, 0),
-        preview_every=(args.preview_every, 0),
-        preview_prompts=(args.preview_prompts, 1),
-        preview_seeds=(args.preview_seeds, 1),
-        teacher_steps=(args.teacher_steps, 1),
-    )
+    common.check_ranges(asdict(args))
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
     if args.dry_run:

@@ -18,7 +18,7 @@ import dmd  # noqa: E402
 
 
 def main(out, args):
-    common.require(num_pairs=(args.num_pairs, 1), pair_steps=(args.pair_steps, 1), batch_size=(args.batch_size, 1))
+    common.check_ranges(vars(args))
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
     cache = Path(args.runs_dir) / "cache"
