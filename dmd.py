@@ -107,9 +107,9 @@ RECIPES = {
     "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 300, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
-        "guidance_scale": 3.5, "shift": 3.0, "num_pairs": 256, "pair_steps": 16, "gradient_checkpointing": False,
-        "save_every": 100, "preview_every": 100, "preview_prompts": 12, "preview_seeds": 8,
+        "steps": 150, "batch_size": 16, "grad_accum": 1, "lr": 5e-4, "fake_score_lr": 5e-4, "betas": (0.0, 0.999),
+        "guidance_scale": 2.0, "shift": 3.0, "num_pairs": 128, "pair_steps": 16, "gradient_checkpointing": False,
+        "save_every": 50, "preview_every": 75, "preview_prompts": 12, "preview_seeds": 4,
     },
 }  # fmt: skip
 
