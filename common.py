@@ -955,7 +955,9 @@ class Preview:
         fixed = [key for key in ("data", "teacher") if key in self.shown and key != name]
         rows = [(f"{self.labels[p]}: {key}", self.shown[key][p]) for p in range(len(clips)) for key in (*fixed, name)]
         metrics.contact_sheet(self.run.folder / "previews" / f"{name}.png", rows)
-        if name not in ("data", "teacher"):
+        if name in ("data", "teacher"):  # what the curves are to be compared with
+            self.run.scalars(self.run.step, {f"preview_{name}/{key}": value for key, value in scores.items()})
+        else:
             self.shown.pop(name)
         return {f"preview/{key}": value for key, value in scores.items()}
 

@@ -7,7 +7,7 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
     python dmd.py                                          # the tiny teacher, minutes on two CPU cores
     torchrun --nproc_per_node=8 dmd.py --teacher wan2.1-1.3b --prompts prompts.txt --pairs pairs/
 
-Notes, healthy curves and results: docs/dmd.md. Base file of this lineage; dmd2.py is a diff of it.
+Notes, healthy curves and results: docs/dmd.md. This is the base file: the scripts to come are diffs of it.
 """
 
 import time
@@ -104,7 +104,7 @@ class Args:
 
 RECIPES = {
     "wan2.1-1.3b": {},
-    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config
+    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config: shift, lr
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
         "steps": 150, "batch_size": 16, "grad_accum": 1, "lr": 5e-4, "fake_score_lr": 5e-4, "betas": (0.0, 0.999),

@@ -44,7 +44,13 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
 
     events = EventAccumulator(str(run)).Reload()
     names = {"loss/student", "loss/regression", "loss/fake_score", "grad_norm/student", "grad_norm/fake_score"}
-    assert names | {"time/step", "preview/diversity", "preview/right"} <= set(events.Tags()["scalars"])
+    assert names | {
+        "time/step",
+        "preview/diversity",
+        "preview/right",
+        "preview_teacher/right",
+        "preview_data/motion",
+    } <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss/student")] == [0, 1, 2]
 
 
