@@ -20,6 +20,7 @@ import time
 import warnings
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -74,7 +75,8 @@ RANGES = {
     **dict.fromkeys(("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps"), (1,)),
     **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
     **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
-    **dict.fromkeys(("keep", "preview_every", "gpus", "seed"), (0,)),
+    **dict.fromkeys(("keep", "preview_every", "gpus", "seed", "gan_weight", "discriminator_weight"), (0,)),
+    "data_prob": (0, 1),
     "ema_decay": (0, 1),
     "max_grad_norm": (1e-9,),
 }
@@ -123,6 +125,29 @@ def check_ranges(args):
         if not value >= low or (high and not value <= high[0]):  # written so that NaN is out of range too
             bounds = f"between {low} and {high[0]}" if high else f"at least {low}"
             raise Fatal(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
+    sigmas = args.get("student_sigmas", (1.0,))
+    if not sigmas or sigmas[0] != 1 or not all(high > low > 0 for high, low in pairwise(sigmas)):
+        raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+    if not (args.get("init") or args.get("from_scratch", True) or args.get("resume") or args.get("dry_run")):
+        raise Fatal(
+            "--init CHECKPOINT is missing. From the teacher's weights this method is known not to converge; train "
+            "dmd2.py first, or try it anyway with --from-scratch"
+        )
+
+
+def needs_clips(args):
+    """Whether the flags ask for clips besides prompts; one line if there are none. args is a dict."""
+    why = {
+        "--gan-weight": args.get("gan_weight"),
+        "--data-prob": args.get("data_prob"),
+        "--student-input data": args.get("student_input") == "data",
+    }
+    flags = [flag for flag, needed in why.items() if needed]
+    if flags and not args["data"] and (args["prompts"] or recipe_name(args["teacher"]) != "tiny"):
+        raise Fatal(
+            f"{flags[0]} needs clips, and prompts are not: pass --data FOLDER (latent shards), or switch it off"
+        )
+    return bool(flags)
 
 
 def read_json(path):
@@ -199,6 +224,11 @@ class Wan(nn.Module):
     @property
     def blocks(self):
         return self.transformer.blocks
+
+    @property
+    def width(self):
+        """Width of a block's output [b, tokens, width]."""
+        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
 
     def forward(self, x_t, sigma, cond):
         """x_t [b, c, f, h, w], sigma [b] in [0, 1] -> velocity [b, c, f, h, w], float32."""
@@ -315,14 +345,7 @@ class Teacher:
         network.to_empty(device=device)
         for name, buffer in network.named_buffers():  # to_empty empties these too, and no file holds them
             buffer.copy_(buffers[name])
-        weights = self.read_weights(dtype) if dist.get_rank() == 0 else {}
-        try:
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1)
-            set_model_state_dict(network, {f"transformer.{k}": v for k, v in weights.items()}, options=options)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise Fatal(
-                f"{self.folder}/transformer does not fit its config.json: {str(error).splitlines()[0]}"
-            ) from None
+        put_weights(network, self.folder / "transformer", dtype)
         return network
 
     def weights_id(self):
@@ -332,31 +355,39 @@ class Teacher:
         ]
         return hashed(*stats)
 
-    def read_weights(self, dtype):
-        """All tensors of transformer/*.safetensors, by name."""
-        folder = self.folder / "transformer"
+
+def put_weights(network, folder, dtype):
+    """Fill a sharded network with the safetensors of a transformer's folder in the diffusers layout, in place."""
+    weights = {}
+    if dist.get_rank() == 0:
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
-        weights = {}
         for name in files or ["diffusion_pytorch_model.safetensors"]:
             try:
-                weights |= {key: value.to(dtype) for key, value in load_file(folder / name).items()}
+                weights |= {f"transformer.{key}": value.to(dtype) for key, value in load_file(folder / name).items()}
             except (OSError, SafetensorError) as error:
                 raise Fatal(f"cannot read {folder / name} ({error}): copy or download it again") from None
-        return weights
+    try:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1)
+        set_model_state_dict(network, weights, options=options)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise Fatal(f"the weights in {folder} do not fit: {str(error).splitlines()[0]}") from None
 
 
 def shard(network, device):
-    """FSDP2: every block is a unit, the rest is the root's. A single process on the CPU has nothing to shard."""
+    """FSDP2, in place: every one of `network.blocks` is a unit, the rest is the root's. Returns the network.
+
+    A single process on the CPU has nothing to shard.
+    """
     if device.type == "cpu" and dist.get_world_size() == 1:
-        return
+        return network
     bf16 = torch.bfloat16 if device.type == "cuda" else None
     # inputs are cast by the family's forward, which keeps the timestep in float32
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def clip_grad_norm(network, max_norm):
@@ -380,7 +411,41 @@ def mean_over_ranks(values):
     return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
 
 
-# checkpoints and logs of one run
+def load_init(path, networks):
+    """Start networks from a checkpoint (or the newest one of a run folder) of any script, or from a student alone.
+
+    networks: dict of "student", "fake_score" and perhaps "ema". What the checkpoint lacks keeps the teacher's weights,
+    and an average starts at the student; both are said. What only the checkpoint has is ignored.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise Fatal(f"--init: no such folder {path}")
+    path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    if (path / "checkpoint.json").is_file():
+        check_checkpoint(path)
+        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
+        known, state = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
+        state = {key: value for key, value in state.items() if key in known}
+        for key, value in state.items():
+            if known[key].size != value.shape:
+                raise Fatal(f"--init {path}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
+        found = {name for name in networks if any(key.startswith(f"{name}.") for key in state)}
+        dcp.load(state, storage_reader=reader)
+        for name in found:
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            set_model_state_dict(networks[name], own, options=StateDictOptions(strict=False))
+    elif (path / "transformer").is_dir():
+        found = {"student"}
+        put_weights(networks["student"], path / "transformer", torch.float32)
+    else:
+        found = set()
+    if "student" not in found:
+        raise Fatal(f"--init: no student in {path}: pass a run, a checkpoint, or a folder that holds transformer/")
+    if "ema" in networks and "ema" not in found:
+        ema_update(networks["ema"], networks["student"], 0)
+    if dist.get_rank() == 0:
+        kept = "" if "fake_score" in found else "; it has no fake score, which starts from the teacher"
+        print(f"starting from {', '.join(sorted(found))} of {path}{kept}")
 
 
 def flat_state(networks, optimizers):
@@ -598,16 +663,19 @@ def git_revision():
     return revision + (f"with changes:\n{changed}" if changed else "")
 
 
-def dry_run(teacher, batch_size, grad_accum, gradient_checkpointing, world_size, trained, frozen, forwards, backwards):
+def dry_run(teacher, args, forwards, backwards, trained=2):
     """Print parameters, memory per GPU and FLOPs per step, from shapes alone.
 
-    trained: networks with an optimizer (float32). frozen: the others' bytes per parameter, 2 for bf16, 4 for float32.
-    forwards: forward passes of one sample in one step, of all networks; backwards: how many of them are differentiated.
-    world_size 0 stands for this launch's. FLOPs are counted by PyTorch on meta tensors (a
-    backward is two forwards, and one more with gradient checkpointing). The activation figure adds up what autograd
-    saves in one differentiated forward, in bf16; allocator slack and temporary buffers are not in it.
+    args is the dict of the flags; "gpus" 0 stands for this launch's processes. trained: networks with an optimizer,
+    float32; the teacher (bf16) and, if there is one, the averaged student (float32) come on top. forwards: forward
+    passes of one sample in one step, of all networks; backwards: how many of them are differentiated. FLOPs are counted
+    by PyTorch on meta tensors (a backward is two forwards, and one more with gradient checkpointing). The activation
+    figure adds up what autograd saves in one differentiated forward, in bf16; allocator slack and temporary buffers are
+    not in it.
     """
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    world_size = args["gpus"] or int(os.environ.get("WORLD_SIZE", 1))
+    batch_size, grad_accum, checkpointing = args["batch_size"], args["grad_accum"], args["gradient_checkpointing"]
+    frozen = 2 + 4 * (args["ema_decay"] > 0)  # bytes per parameter
     if int(os.environ.get("RANK", 0)):
         return
     with torch.device("meta"):
@@ -629,12 +697,12 @@ def dry_run(teacher, batch_size, grad_accum, gradient_checkpointing, world_size,
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         network(x_t, sigma, cond)
     flops, activations = counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
-    if gradient_checkpointing:  # the input of every block, and one block's own
+    if checkpointing:  # the input of every block, and one block's own
         width = teacher.config["num_attention_heads"] * teacher.config["attention_head_dim"]
         layers = len(network.blocks)
         activations = layers * tokens * width * 2 + activations / layers
     samples = batch_size * grad_accum * world_size
-    step = samples * flops * (forwards + (2 + gradient_checkpointing) * backwards)
+    step = samples * flops * (forwards + (2 + checkpointing) * backwards)
     gib = 1024**3
     rows = {
         "weights": (trained * 4 + frozen) * parameters / world_size,
@@ -656,6 +724,17 @@ def dry_run(teacher, batch_size, grad_accum, gradient_checkpointing, world_size,
 
 
 # ---------------------------------------------------------------------------------------------------------- data
+
+
+class SharedDraws:
+    """Random numbers of a step that are the same on all ranks: for what changes the number of forwards."""
+
+    def __init__(self, seed, step):
+        self.key = (seed, step)
+
+    def uniform(self, stream):
+        """A float in [0, 1), a function of (seed, step, stream) alone: one stream never disturbs another."""
+        return hashed(*self.key, stream) / 2**63
 
 
 class Draws:

@@ -209,17 +209,9 @@ def main(args):
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
     if args.dry_run:
-        return common.dry_run(
-            spec,
-            args.batch_size,
-            args.grad_accum,
-            args.gradient_checkpointing,
-            world_size=args.gpus,
-            trained=2,
-            frozen=2 + 4 * (args.ema_decay > 0),  # teacher and EMA, bytes per parameter
-            forwards=2 + 5 / args.student_every,  # fake score: rollout, fake; student: 2 students, fake, guided teacher
-            backwards=1 + 2 / args.student_every,
-        )
+        # fake score: rollout, fake; student: rollout and regression, fake, guided teacher
+        forwards, backwards = 2 + 5 / args.student_every, 1 + 2 / args.student_every
+        return common.dry_run(spec, asdict(args), forwards, backwards)
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
     pairs = common.Shards(args.pairs, spec, device, ("latents", "noise"), args.seed) if args.pairs else None
     cache = Path(args.runs_dir) / "cache"
@@ -239,14 +231,7 @@ def main(args):
     pairs = pairs or solve_pairs(args, spec, teacher, data, null_cond, device, folder)
     run.begin(networks, optimizers)
     preview = common.Preview(
-        run,
-        spec,
-        data,
-        args.preview_prompts,
-        args.preview_seeds,
-        args.batch_size,
-        args.seed,
-        device,
+        run, spec, data, args.preview_prompts, args.preview_seeds, args.batch_size, args.seed, device
     )
     if args.preview_every:
         preview.write_data()
@@ -288,14 +273,14 @@ def main(args):
                     x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
                     grad = dmd_gradient(x0, x0_real, x0_fake)
                 loss = student_loss(x0, grad)
-                (loss / args.grad_accum).backward()
                 log["loss/student"] += loss.detach() / args.grad_accum
+                (loss / args.grad_accum).backward()
 
                 # a backward of its own, so that one graph is alive at a time
                 x0_pair, noise, cond = pairs.latents(numbers), pairs.latents(numbers, "noise"), pairs.cond(numbers)
                 loss = regression_loss(predict_x0(student, noise, torch.ones_like(sigma), cond), x0_pair)
-                (args.regression_weight * loss / args.grad_accum).backward()
                 log["loss/regression"] += loss.detach() / args.grad_accum
+                (args.regression_weight * loss / args.grad_accum).backward()
             log["grad_norm/student"] = common.clip_grad_norm(student, args.max_grad_norm)
             student_optimizer.step()
             student_optimizer.zero_grad()
@@ -311,8 +296,8 @@ def main(args):
                 noise = rng.normal(spec.latent_shape)
                 x_t = add_noise(x0, noise, sigma)
             loss = flow_loss(fake_score(x_t, sigma, cond), x0, noise)
-            (loss / args.grad_accum).backward()
             log["loss/fake_score"] += loss.detach() / args.grad_accum
+            (loss / args.grad_accum).backward()
         log["grad_norm/fake_score"] = common.clip_grad_norm(fake_score, args.max_grad_norm)
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()

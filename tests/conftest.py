@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import common
@@ -13,42 +14,49 @@ import dmd
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "steps": 3, "batch_size": 2, "num_pairs": 4, "pair_steps": 2, "preview_every": 0, "save_every": 100,
+    "steps": 3, "batch_size": 2, "preview_every": 0, "save_every": 100,
     "preview_prompts": 2, "preview_seeds": 2, "teacher_steps": 2,
 }  # fmt: skip
+PAIRS = {"num_pairs": 4, "pair_steps": 2}  # dmd.py alone has them
 
 
-def small_args(**flags):
-    return common.with_recipe(dmd.Args, dmd.RECIPES, **{**SMALL, **flags})
+def small(script, flags):
+    return {**SMALL, **(PAIRS if script is dmd else {}), **flags}
 
 
-def command_line(flags):
-    words = []
-    for name, value in {**SMALL, **flags}.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+def small_args(script=dmd, **flags):
+    return common.with_recipe(script.Args, script.RECIPES, **small(script, flags))
 
 
-def popen(processes=1, **flags):
-    """dmd.py as a user starts it; `processes` > 1 under torchrun."""
+def popen(processes=1, script=dmd, **flags):
+    """A script as a user starts it; `processes` > 1 under torchrun."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [word for k, v in small(script, flags).items() for word in (f"--{k.replace('_', '-')}", str(v))]
     return subprocess.Popen(
-        [*launch, str(ROOT / "dmd.py"), *command_line(flags)],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*launch, str(ROOT / f"{script.__name__}.py"), *words],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def only_run(runs_dir):
-    (run,) = Path(runs_dir).glob("dmd__*")
+def only_run(runs_dir, script=dmd):
+    (run,) = Path(runs_dir).glob(f"{script.__name__}__*")
     return run
 
 
-def student_weights(runs_dir, step):
-    folder = only_run(runs_dir) / "checkpoints" / f"step_{step:07d}" / "student" / "transformer"
+def student_weights(runs_dir, step, script=dmd):
+    """Weights of the exported (averaged) student."""
+    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "student" / "transformer"
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def distance(a, b):
+    return sum((a[key] - b[key]).square().sum().item() for key in a) ** 0.5
 
 
 @pytest.fixture(autouse=True)

@@ -14,17 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import common
 import dmd
-from tests.conftest import ROOT, only_run, popen, small_args, student_weights
+from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 
 TEACHER = ROOT / "tiny" / "teacher"
 
 
 def teacher_weights():
     return load_file(TEACHER / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
@@ -153,9 +149,6 @@ def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
     assert two.returncode == 0, err[-3000:]
     dmd.main(small_args(runs_dir=tmp_path / "micro", steps=4, batch_size=2, grad_accum=2))
     start, one = teacher_weights(), student_weights(tmp_path / "one", 4)
-
-    def distance(a, b):
-        return sum((a[key] - b[key]).square().sum().item() for key in a) ** 0.5
 
     for other in ("two", "micro"):
         assert distance(student_weights(tmp_path / other, 4), one) < 1e-3 * distance(start, one)

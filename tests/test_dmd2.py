@@ -1,0 +1,212 @@
+"""dmd2.py: few steps with backward simulation, the discriminator, two time-scales, --init."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import common
+import dmd
+import dmd2
+from tests.conftest import distance, only_run, popen, same, small_args, student_weights
+from tests.exact import COND, Gaussian, draws
+
+SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
+
+
+class Recorder(nn.Module):
+    """Predicts x0 = theta everywhere and remembers what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta, self.calls = nn.Parameter(torch.tensor(0.7)), []
+
+    def forward(self, x_t, sigma, cond):
+        self.calls.append((x_t, sigma, torch.is_grad_enabled()))
+        return (x_t - self.theta) / sigma.view(-1, 1, 1, 1, 1)
+
+
+def test_rollout_renoises_afresh_and_only_its_last_step_has_a_gradient():
+    student, rng = Recorder(), draws("rollout", 4)
+    x0 = dmd2.rollout(student, rng, COND, SHAPE, SIGMAS)
+    torch.testing.assert_close(x0, torch.full_like(x0, 0.7))
+    assert [call[1].tolist() for call in student.calls] == [[pytest.approx(sigma)] * 4 for sigma in SIGMAS]
+    assert [call[2] for call in student.calls] == [False, False, True]
+    again = draws("rollout", 4)
+    for (x_t, _, _), level in zip(student.calls, SIGMAS, strict=True):
+        torch.testing.assert_close(x_t, (1 - level) * 0.7 + level * again.normal(SHAPE))
+    x0.mean().backward()
+    assert student.theta.grad.item() == pytest.approx(1)
+
+
+def test_rollout_from_data_takes_one_step_from_the_noised_clips():
+    student, clips = Recorder(), torch.randn(4, *SHAPE)
+    dmd2.rollout(student, draws("rollout", 4), COND, SHAPE, SIGMAS, clips)
+    ((x_t, sigma, grad),) = student.calls
+    assert grad and sigma.tolist() == [0.5] * 4
+    torch.testing.assert_close(x_t, 0.5 * clips + 0.5 * draws("rollout", 4).normal(SHAPE))
+
+
+def test_backward_simulation_ends_where_sampling_does():
+    """The exact denoiser of N(m, s^2), rolled out: mean m, variance by the recursion of its linear steps."""
+    mean, std = 0.5, 1.3
+    x0 = dmd2.rollout(Gaussian(mean, std), draws("gaussian", 20_000), COND, (4, 1, 1, 1), SIGMAS)
+    var = 0.0
+    for sigma in SIGMAS:  # x0 = m + k (x_t - a m) with x_t = a x0 + sigma z
+        a = 1 - sigma
+        k = a * std**2 / (a**2 * std**2 + sigma**2)
+        var = k**2 * (a**2 * var + sigma**2)
+    assert x0.mean().item() == pytest.approx(mean, abs=0.01)
+    assert x0.var().item() == pytest.approx(var, rel=0.03)
+
+
+def test_gan_losses():
+    logits = torch.tensor([[0.0, 2.0]], requires_grad=True)
+    assert dmd2.gan_student_loss(logits).item() == pytest.approx(F.softplus(-logits).mean().item())
+    dmd2.gan_student_loss(logits).backward()
+    torch.testing.assert_close(logits.grad, -torch.sigmoid(-logits.detach()) / 2)
+    zero = torch.zeros(3, 5)
+    assert dmd2.discriminator_loss(zero, zero).item() == pytest.approx(2 * torch.tensor(2.0).log().item())
+    # the best discriminator of two Gaussians with equal spread has the logit of their likelihood ratio
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    fake, real = x - 0.5, x + 0.5
+    losses = {k: dmd2.discriminator_loss(k * fake, k * real).item() for k in (0.7, 1.0, 1.3)}
+    assert losses[1.0] < min(losses[0.7], losses[1.3])
+
+
+def test_the_discriminator_reads_the_last_forward_and_can_learn():
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
+    network = spec.load_network(True, device)
+    torch.manual_seed(0)
+    network.discriminator = dmd2.Discriminator(network, (1, 3))
+    sigma, cond = torch.tensor([0.3, 0.9]), {"text": torch.zeros(2, spec.text_length, spec.text_dim)}
+    x_t = torch.randn(2, *spec.latent_shape, requires_grad=True)
+    network(x_t, sigma, cond)
+    logits = network.discriminator()
+    assert logits.shape == (2, 80, 2)
+    dmd2.gan_student_loss(logits).backward()
+    assert x_t.grad.abs().sum() > 0 and network.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+    assert network.blocks[3].attn1.to_q.weight.grad.abs().sum() > 0
+    with pytest.raises(KeyError):  # each forward is read once, so stale features cannot be
+        network.discriminator()
+
+    with torch.no_grad():  # a recomputed forward fills the features in another order
+        network(x_t, sigma, cond)
+        expected, kept = network.discriminator(), {}
+        network(x_t, sigma, cond)
+        kept, features = dict(reversed(network.discriminator.features.items())), network.discriminator.features
+        features.clear(), features.update(kept)
+        torch.testing.assert_close(network.discriminator(), expected)
+
+    optimizer = torch.optim.Adam(network.discriminator.parameters(), lr=1e-2)
+    real, fake = torch.randn(2, *spec.latent_shape), torch.randn(2, *spec.latent_shape) + 0.5
+    losses = []
+    for _ in range(30):
+        network(fake, sigma, cond)
+        logits_fake = network.discriminator()
+        network(real, sigma, cond)
+        losses.append(dmd2.discriminator_loss(logits_fake, network.discriminator()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 < 1.2 < losses[0]
+
+
+def test_two_time_scales_and_what_is_logged(tmp_path):
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=6))
+    events = EventAccumulator(str(only_run(tmp_path, dmd2))).Reload()
+    steps = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert steps["loss/student"] == steps["loss/gan_student"] == [0, 5]
+    assert steps["loss/fake_score"] == steps["loss/discriminator"] == list(range(6))
+
+
+def test_no_gan_needs_no_clips(tmp_path, fails):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    flags = {"runs_dir": tmp_path / "runs", "prompts": str(prompts), "steps": 1}
+    fails(lambda: dmd2.main(small_args(dmd2, **flags)), "--gan-weight needs clips", "--data FOLDER")
+    flags["gan_weight"] = 0.0
+    fails(lambda: dmd2.main(small_args(dmd2, student_input="data", **flags)), "--student-input data needs clips")
+    assert not (tmp_path / "runs").exists()
+    dmd2.main(small_args(dmd2, **flags))
+    state = only_run(tmp_path / "runs", dmd2) / "checkpoints" / "step_0000001" / "state"
+    assert not any("discriminator" in key for path in state.glob("*.safetensors") for key in load_file(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"student_sigmas": (0.9, 0.5)}, ["--student-sigmas", "start at 1"]),
+        ({"student_sigmas": (1.0, 0.5, 0.5)}, ["--student-sigmas", "fall"]),
+        ({"student_sigmas": ()}, ["--student-sigmas"]),
+        ({"gan_weight": -1.0}, ["--gan-weight", "at least 0"]),
+        ({"discriminator_blocks": (1, 4)}, ["--discriminator-blocks", "0 to 3"]),
+        ({"init": "nowhere"}, ["--init", "nowhere"]),
+    ],
+)
+def test_bad_flags(tmp_path, fails, flags, words):
+    fails(lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags)), *words)
+    assert not list(tmp_path.glob("dmd2__*"))
+
+
+def test_resume_is_exact(tmp_path):
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "unbroken", steps=7, student_every=2))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "broken", steps=4, student_every=2))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "broken", steps=7, student_every=2, resume="latest"))
+    weights = [student_weights(tmp_path / name, 7, dmd2) for name in ("unbroken", "broken")]
+    assert same(*weights)
+
+
+def test_two_ranks_match_one(tmp_path):
+    """With the discriminator: its head is sharded apart, inside the fake score."""
+    flags = {"steps": 4, "student_every": 2, "gan_weight": 0.1, "discriminator_weight": 1.0}
+    two = popen(2, dmd2, runs_dir=tmp_path / "two", batch_size=1, **flags)
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "one", **flags))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "none", steps=4, student_every=2, gan_weight=0.0))
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err[-3000:]
+    one, two, none = (student_weights(tmp_path / name, 4, dmd2) for name in ("one", "two", "none"))
+    # the GAN's part of the update is what must be right, so it is the yardstick
+    assert distance(two, one) < 0.02 * distance(none, one)
+
+
+# -------------------------------------------------------------------------------------------------------------- init
+
+
+def state_of(runs_dir, step, script):
+    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "state"
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def part(state, name):
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("script", [dmd, dmd2])
+def test_init_takes_student_fake_score_and_average_of_an_earlier_run(tmp_path, capsys, script):
+    script.main(small_args(script, runs_dir=tmp_path / "first", steps=2))
+    before = state_of(tmp_path / "first", 2, script)
+    still = {"steps": 1, "lr": 0.0, "fake_score_lr": 0.0, "weight_decay": 0.0, "gan_weight": 0.0}
+    run = str(only_run(tmp_path / "first", script))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "second", init=run, **still))
+    after = state_of(tmp_path / "second", 1, dmd2)
+    for name in ("student", "fake_score"):
+        wanted = {k: v for k, v in part(before, name).items() if "discriminator" not in k}
+        assert same(part(after, name), wanted)
+    assert "starting from ema, fake_score, student" in capsys.readouterr().out
+
+
+def test_init_from_a_student_alone(tmp_path, capsys):
+    dmd.main(small_args(runs_dir=tmp_path / "first", steps=2))
+    student = only_run(tmp_path / "first") / "checkpoints" / "step_0000002" / "student"
+    still = {"steps": 1, "lr": 0.0, "fake_score_lr": 0.0, "weight_decay": 0.0, "gan_weight": 0.0}
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "second", init=str(student), **still))
+    assert same(student_weights(tmp_path / "second", 1, dmd2), student_weights(tmp_path / "first", 2))
+    assert "no fake score" in capsys.readouterr().out
+
+
+def test_init_from_a_folder_without_a_student(tmp_path, fails):
+    (tmp_path / "empty").mkdir()
+    fails(lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path, init=str(tmp_path / "empty"))), "--init", "no student")

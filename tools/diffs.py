@@ -1,0 +1,63 @@
+"""Render the diff of every declared pair of scripts into docs/diffs/, so that a paper's idea can be read as a diff.
+
+python tools/diffs.py            # write docs/diffs/*.md
+python tools/diffs.py --check    # exit 1 and name the stale ones, write nothing
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = [("dmd", "dmd2"), ("dmd2", "dfd")]
+
+
+@dataclass
+class Args:
+    check: bool = False
+    """Only compare the files in docs/diffs/ with what would be written."""
+
+
+def unified(a, b):
+    """Lines of the unified diff from script a to script b, both names without .py."""
+    before, after = ((ROOT / f"{name}.py").read_text().splitlines() for name in (a, b))
+    return list(difflib.unified_diff(before, after, f"{a}.py", f"{b}.py", lineterm=""))
+
+
+def counts(lines):
+    """Lines added and removed in a unified diff, the two header lines left out."""
+    return sum(line.startswith("+") for line in lines[2:]), sum(line.startswith("-") for line in lines[2:])
+
+
+def render(a, b):
+    """The Markdown page of a pair."""
+    lines = unified(a, b)
+    added, removed = counts(lines)
+    body = "\n".join(line.rstrip() for line in lines)
+    return (
+        f"# {a}.py to {b}.py\n\n{added} lines added, {removed} removed. Notes on the method: [{b}](../{b}.md). "
+        f"Made by `python tools/diffs.py`.\n\n```diff\n{body}\n```\n"
+    )
+
+
+def main(args):
+    stale = []
+    for a, b in PAIRS:
+        path = ROOT / "docs" / "diffs" / f"{a}-{b}.md"
+        text = render(a, b)
+        if not path.is_file() or path.read_text() != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+    if stale and args.check:
+        print(f"stale: {', '.join(stale)}; run python tools/diffs.py", file=sys.stderr)
+        sys.exit(1)
+    print(f"{len(PAIRS)} diffs, {'wrote ' + ', '.join(stale) if stale else 'all up to date'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
