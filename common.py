@@ -76,6 +76,8 @@ RANGES = {
     **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
     **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
     **dict.fromkeys(("keep", "preview_every", "gpus", "seed", "gan_weight", "discriminator_weight"), (0,)),
+    **dict.fromkeys(("relation_weight", "sample_relation", "frame_relation"), (0,)),
+    "relation_temperature": (1e-9,),
     "data_prob": (0, 1),
     "ema_decay": (0, 1),
     "max_grad_norm": (1e-9,),
@@ -401,6 +403,31 @@ def ema_update(ema, student, decay):
     """ema <- decay * ema + (1 - decay) * student, in place; nothing to do when both are the same network."""
     if ema is not student:
         torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
+
+
+class GatherRows(torch.autograd.Function):
+    """See gather_rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(x):
+    """Rows [world * b, ...] of all ranks, from x [b, ...] of each; the same b everywhere.
+
+    Its backward sums the gradients that all ranks have for these rows. So a loss of all rows, computed on every rank
+    and averaged over ranks as FSDP2 does, has the gradient of one process that holds the whole batch.
+    """
+    return GatherRows.apply(x)
 
 
 def mean_over_ranks(values):

@@ -12,6 +12,9 @@ DECLARED = {
         {"docstring", "imports", "Args", "RECIPES", "rollout", "regression_loss", "Discriminator", "gan_student_loss",
          "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 112, 66,
     ),
+    ("dmd2", "codmd"): (
+        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 43, 11,
+    ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 26, 23),
 }  # fmt: skip
 

@@ -1,0 +1,182 @@
+"""Sample finished runs on the tiny teacher beside data and teacher, and write one table: mean ± spread over seeds.
+
+    python tools/evidence.py runs/dmd2__tiny__* runs/dfd__tiny__* --out runs/evidence
+
+Runs that differ in nothing but --seed (and where they started and were written) are one row; its label is the flags
+that are not the script's recipe. Factors are read from the pixels of clean clips (tiny/data.py). Every row has the same
+number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that no training saw.
+"""
+
+import importlib
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from einops import rearrange
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/evidence.py` finds the scripts
+
+import common  # noqa: E402
+from tiny import data as tiny  # noqa: E402
+from tools import metrics  # noqa: E402
+
+# flags that say where and how long to look, not what was trained
+ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "dry_run", "gpus", "from_scratch"}
+ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
+COLUMNS = {
+    "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
+    "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
+    "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
+    "coherence": "coherence, px", "distance": "distance to data",
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders of any of the scripts; the newest checkpoint of each is sampled."""
+    seeds: int = 8
+    """Samples of each caption, for each training seed."""
+    repeats: int = 3
+    """Sampling seeds for data and teacher, which have no training seeds."""
+    teacher_steps: tuple[int, ...] = (50, 4)
+    """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    out: Path = Path("runs/evidence")
+    """Folder for table.md and sheet.png."""
+
+
+def factors_of(clips):
+    """Factors of clips [p, s, 3, f, h, w], a dict of [p, s] tensors."""
+    read = tiny.read_factors(clips.flatten(0, 1))
+    return {name: value.view(clips.shape[:2]) for name, value in read.items()}
+
+
+def wasserstein(a, b):
+    """W1 between two samples of numbers, by their quantiles."""
+    q = (torch.arange(200) + 0.5) / 200
+    return (torch.quantile(a, q) - torch.quantile(b, q)).abs().mean().item()
+
+
+def measure(clips, reference):
+    """Figures of clips [p, s, 3, f, h, w], one row a caption, as a dict of floats; see COLUMNS.
+
+    direction and position are within a caption, averaged over captions: what collapses when a student forgets a mode.
+    distance: W1 to the data over its standard deviation, averaged over the free factors; `reference` holds the data's
+    factors. Needs two clean clips; NaN if there are fewer.
+    """
+    f = factors_of(clips)
+    clean = f["clean"]
+    wanted = torch.arange(len(clips))[:, None]
+    right = clean & (f["color"] * len(tiny.KINDS) + f["kind"] == wanted)
+    preview, row = metrics.preview_metrics(clips), {"right": 100 * right.float().mean().item()}
+    row |= {"diversity": preview["diversity"], "vendi": preview["vendi"], "clipped": 100 * preview["clipped"]}
+    entropies, spreads = [], []
+    for p in range(len(clips)):
+        if clean[p].sum() > 1:
+            bins = torch.round(f["direction"][p][clean[p]] / (torch.pi / 4)).long() % 8
+            share = torch.bincount(bins, minlength=8).float() / len(bins)
+            entropies.append(torch.special.entr(share).sum() / torch.tensor(8.0).log())
+            spreads.append(torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))))
+    row["direction"] = torch.tensor(entropies).mean().item()
+    row["position"] = torch.tensor(spreads).mean().item()
+    for name in ("saturation", "brightness", "background", "speed", "coherence"):
+        row[name] = f[name][clean].mean().item()
+    distances = [wasserstein(f[name][clean], reference[name]) / reference[name].std().item() for name in tiny.FREE]
+    row["distance"] = sum(distances) / len(distances) if clean.any() else float("nan")
+    return row
+
+
+def load_run(folder):
+    """(script module, its Args, newest checkpoint) of a run folder."""
+    folder = Path(folder)
+    name, checkpoint = folder.name.split("__")[0], common.latest_checkpoint(folder)
+    if checkpoint is None or not (folder / "args.json").is_file():
+        raise common.Fatal(f"{folder} is not a run with a checkpoint")
+    record = common.read_json(folder / "args.json")
+    script = importlib.import_module(name)
+    args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    if common.recipe_name(args.teacher) != "tiny":
+        raise common.Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
+    return script, args, checkpoint
+
+
+def label(script, args):
+    """The script, its steps, and the flags that are not its recipe's."""
+    recipe = vars(common.with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
+    changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
+    return f"{script.__name__}.py, {args.steps} steps" + "".join(f", {flag}" for flag in sorted(changed))
+
+
+@torch.no_grad()
+def main(args):
+    loaded = [load_run(folder) for folder in args.runs]
+    _, _, device = common.init_distributed()
+    script, first, _ = loaded[0]
+    spec = common.Teacher("tiny", first.frames, first.height, first.width)
+    captions = common.encode_text(spec, tiny.CAPTIONS, Path(first.runs_dir) / "cache", device)
+    null_cond = common.encode_text(spec, [spec.negative_prompt], Path(first.runs_dir) / "cache", device).cond_of([0])
+    vae = spec.family.load_vae(spec.folder, device)
+    reference = tiny.read_factors(tiny.batch(1, range(2048))[0])
+    count = len(tiny.CAPTIONS) * args.seeds
+
+    def sample(sampler, seed):
+        """Clips [p, s, 3, f, h, w] of sampler(rng, cond), all captions."""
+        parts = []
+        for first in range(0, count, 48):
+            numbers = range(first, min(first + 48, count))
+            rng = common.Draws(seed, "evidence", numbers, device)
+            latents = sampler(rng, captions.cond_of([n // args.seeds for n in numbers]))
+            parts.append(spec.family.decode(vae, latents).cpu())
+        return rearrange(torch.cat(parts), "(p s) c f h w -> p s c f h w", s=args.seeds)
+
+    rows, shown = defaultdict(list), {}
+
+    def add(name, clips):
+        rows[name].append(measure(clips, reference))
+        shown.setdefault(name, clips)
+        print(f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in rows[name][-1].items())}", flush=True)
+
+    def euler(steps, guidance):
+        return lambda rng, cond: script.solve_ode(
+            network, rng.normal(spec.latent_shape), cond, null_cond, guidance, first.shift, steps
+        )
+
+    def rollout(script, levels):
+        return lambda rng, cond: script.rollout(network, rng, cond, spec.latent_shape, *levels)
+
+    for seed in range(args.repeats):
+        numbers = range(count * seed, count * (seed + 1))
+        clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
+        add("data", rearrange(clips, "(p s) c f h w -> p s c f h w", s=args.seeds))
+    network = spec.load_network(False, device)
+    plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
+    for steps, guidance in [*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]:
+        for seed in range(args.repeats):
+            add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
+    for run_script, run_args, checkpoint in loaded:
+        common.put_weights(network, checkpoint / "student" / "transformer", torch.float32)
+        levels = [run_args.student_sigmas] if hasattr(run_args, "student_sigmas") else []
+        add(label(run_script, run_args), sample(rollout(run_script, levels), run_args.seed))
+
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
+    for name, figures in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = torch.tensor([row[column] for row in figures])
+            spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3g}{spread}")
+        lines.append(f"| {name} | {len(figures)} | " + " | ".join(cells) + " |")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in (0, 4, 11) for name, clips in shown.items()]
+    metrics.contact_sheet(args.out / "sheet.png", picked)
+    (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
+    print("\n".join(lines) + f"\n\n{args.out / 'table.md'} and sheet.png beside it")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
