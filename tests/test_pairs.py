@@ -15,7 +15,7 @@ DECLARED = {
     ("dmd2", "codmd"): (
         {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 43, 11,
     ),
-    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 26, 23),
+    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 29, 26),
 }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def load_run(folder):
     if checkpoint is None or not (folder / "args.json").is_file():
         raise common.Fatal(f"{folder} is not a run with a checkpoint")
     record = common.read_json(folder / "args.json")
-    script = importlib.import_module(name)
+    script = importlib.import_module("tools.finetune" if name == "finetune" else name)
     args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
     if common.recipe_name(args.teacher) != "tiny":
         raise common.Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
@@ -108,7 +108,9 @@ def label(script, args):
     """The script, its steps, and the flags that are not its recipe's."""
     recipe = vars(common.with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
     changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
-    return f"{script.__name__}.py, {args.steps} steps" + "".join(f", {flag}" for flag in sorted(changed))
+    return f"{script.__name__.removeprefix('tools.')}.py, {args.steps} steps" + "".join(
+        f", {flag}" for flag in sorted(changed)
+    )
 
 
 @torch.no_grad()
