@@ -471,7 +471,9 @@ def load_init(path, networks):
     if "ema" in networks and "ema" not in found:
         ema_update(networks["ema"], networks["student"], 0)
     if dist.get_rank() == 0:
-        kept = "" if "fake_score" in found else "; it has no fake score, which starts from the teacher"
+        kept = (
+            "; it has no fake score, which starts from the teacher" if "fake_score" in networks.keys() - found else ""
+        )
         print(f"starting from {', '.join(sorted(found))} of {path}{kept}")
 
 

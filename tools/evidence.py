@@ -85,8 +85,10 @@ def measure(clips, reference):
     row["position"] = torch.tensor(spreads).mean().item()
     for name in ("saturation", "brightness", "background", "speed", "coherence"):
         row[name] = f[name][clean].mean().item()
-    distances = [wasserstein(f[name][clean], reference[name]) / reference[name].std().item() for name in tiny.FREE]
-    row["distance"] = sum(distances) / len(distances) if clean.any() else float("nan")
+    row["distance"] = float("nan")
+    if clean.any():
+        apart = [wasserstein(f[name][clean], reference[name]) / reference[name].std().item() for name in tiny.FREE]
+        row["distance"] = sum(apart) / len(apart)
     return row
 
 

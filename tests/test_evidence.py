@@ -1,0 +1,84 @@
+"""tools/evidence.py and tools/finetune.py: the figures of clips that are known, and a whole small table."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dfd
+import dmd2
+from tests.conftest import same, small_args
+from tiny import data as tiny
+from tools import evidence, finetune
+
+
+def clips_of(seed, seeds=8):
+    captions = [caption for caption in tiny.CAPTIONS for _ in range(seeds)]
+    return tiny.batch(seed, range(len(captions)), captions)[0].unflatten(0, (len(tiny.CAPTIONS), seeds))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny.read_factors(tiny.batch(1, range(1024))[0])
+
+
+def test_data_measures_as_data(reference):
+    row = evidence.measure(clips_of(5), reference)
+    assert row["right"] == 100 and row["clipped"] == 0
+    assert row["distance"] < 0.15 and row["direction"] > 0.7 and row["vendi"] > 2
+    low, high = tiny.RANGES["background"]
+    assert row["background"] == pytest.approx((low + high) / 2, abs=0.03)
+
+
+def test_collapse_and_drift_show(reference):
+    clips, row = clips_of(5), evidence.measure(clips_of(5), reference)
+    one_each = clips[:, :1].expand_as(clips)
+    collapsed = evidence.measure(one_each, reference)
+    assert collapsed["diversity"] == 0 and collapsed["vendi"] == pytest.approx(1)
+    assert collapsed["direction"] == 0 and collapsed["position"] == pytest.approx(0, abs=1e-4)
+    brighter = evidence.measure(clips * 1.1, reference)
+    assert brighter["distance"] > row["distance"] + 0.05 and brighter["right"] == 100
+    wrong = evidence.measure(clips.roll(1, dims=0), reference)
+    assert wrong["right"] == 0 and wrong["diversity"] == pytest.approx(row["diversity"])
+    assert math.isnan(evidence.measure(torch.zeros_like(clips), reference)["distance"])
+
+
+def test_wasserstein_of_a_shift_is_the_shift():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    assert evidence.wasserstein(x + 0.3, x) == pytest.approx(0.3, abs=1e-5)
+
+
+def test_a_small_table(tmp_path, capsys):
+    for seed in (0, 1):
+        dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0, seed=seed))
+    first = sorted(tmp_path.glob("dmd2__*"))[0]
+    for data_prob in (0.5, 1.0):
+        dfd.main(small_args(dfd, runs_dir=tmp_path / str(data_prob), steps=1, data_prob=data_prob, init=str(first)))
+    finetune.main(small_args(dmd2, runs_dir=tmp_path, steps=6, init=str(first), gan_weight=0.0))
+    runs = [str(path) for path in sorted(tmp_path.glob("d*__*")) + sorted(tmp_path.glob("*/dfd__*"))]
+    runs += [str(path) for path in tmp_path.glob("finetune__*")]
+    evidence.main(evidence.Args(runs=tuple(runs), seeds=2, repeats=2, teacher_steps=(2,), out=tmp_path / "out"))
+    rows = [line.split("|")[1:3] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
+    assert [(name.strip(), int(seeds)) for name, seeds in rows] == [
+        ("data", 2),
+        ("teacher, 2 steps, guidance 2", 2),
+        ("teacher, 2 steps, guidance 1", 2),
+        ("dmd2.py, 2 steps, batch_size 2, gan_weight 0.0", 2),
+        ("dfd.py, 1 steps, batch_size 2", 1),
+        ("dfd.py, 1 steps, batch_size 2, data_prob 1.0", 1),
+        ("finetune.py, 6 steps, batch_size 2, gan_weight 0.0", 1),
+    ]
+    assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
+    (tuned,) = tmp_path.glob("finetune__*")
+    assert (tuned / "finetune.py").is_file()
+    assert not same(weights(tuned), weights(first))
+
+
+def weights(run):
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    return load_file(checkpoint / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_folder_that_is_no_run(tmp_path, fails):
+    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "not a run with a checkpoint")
