@@ -119,9 +119,8 @@ class Args:
 RECIPES = {
     "wan2.1-1.3b": {},
     "wan2.1-14b": {  # CoDMD's 14B config; the blocks in proportion
-        "shift": 5.0, "lr": 4e-6, "fake_score_lr": 8e-7, "student_sigmas": (1.0, 0.937, 0.833, 0.624),
-        "sample_relation": 1.0,
-        "discriminator_blocks": (20, 29, 39),
+        "shift": 5.0, "lr": 4e-6, "fake_score_lr": 8e-7, "grad_accum": 4, "student_sigmas": (1.0, 0.937, 0.833, 0.624),
+        "discriminator_blocks": (20, 29, 39), "sample_relation": 1.0,
     },
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
@@ -264,11 +263,11 @@ def main(args):
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
     if args.dry_run:
-        rolled, gan = (len(args.student_sigmas) + 1) / 2, args.gan_weight > 0
+        gan, rolled = args.gan_weight > 0, 1 if args.student_input == "data" else (len(args.student_sigmas) + 1) / 2
         # fake score: rollout, fake (twice with a discriminator); student: rollout, fake (ditto), guided teacher
         forwards = 1 + rolled + gan + (3 + rolled + gan) / args.student_every
         backwards = (1 + gan) * (1 + 1 / args.student_every)
-        return common.dry_run(spec, asdict(args), forwards, backwards)
+        return common.dry_run(spec, asdict(args), forwards, backwards, graphs=1 + gan)
     clips, from_data = common.needs_clips(asdict(args)), args.student_input == "data"
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
     cache = f"{args.runs_dir}/cache"
@@ -287,7 +286,7 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    if args.init:
+    if args.init and not args.resume:
         common.load_init(args.init, networks)
     run.begin(networks, optimizers)
     preview = common.Preview(
@@ -307,9 +306,8 @@ def main(args):
         # preview
         if args.preview_every and (done or step % args.preview_every == 0):
             with torch.no_grad():
-                latents = [
-                    rollout(ema, rng, cond, spec.latent_shape, args.student_sigmas) for rng, cond in preview.batches()
-                ]
+                levels = args.student_sigmas
+                latents = [rollout(ema, rng, cond, spec.latent_shape, levels) for rng, cond in preview.batches()]
             run.scalars(step, preview.write(f"step_{step:07d}", latents))
 
         # save

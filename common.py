@@ -130,6 +130,11 @@ def check_ranges(args):
     sigmas = args.get("student_sigmas", (1.0,))
     if not sigmas or sigmas[0] != 1 or not all(high > low > 0 for high, low in pairwise(sigmas)):
         raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+    blocks = args.get("discriminator_blocks", (0,))
+    if args.get("gan_weight") and (not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks)):
+        raise Fatal(f"--discriminator-blocks must be different numbers from 0 up, got {' '.join(map(str, blocks))}")
+    if not all(0 <= beta < 1 for beta in args.get("betas", ())):
+        raise Fatal(f"--betas must be in [0, 1), got {' '.join(map(str, args['betas']))}")
     if not (args.get("init") or args.get("from_scratch", True) or args.get("resume") or args.get("dry_run")):
         raise Fatal(
             "--init CHECKPOINT is missing. From the teacher's weights this method is known not to converge; train "
@@ -147,7 +152,8 @@ def needs_clips(args):
     flags = [flag for flag, needed in why.items() if needed]
     if flags and not args["data"] and (args["prompts"] or recipe_name(args["teacher"]) != "tiny"):
         raise Fatal(
-            f"{flags[0]} needs clips, and prompts are not: pass --data FOLDER (latent shards), or switch it off"
+            f"{flags[0]} needs clips, and prompts are not: pass --data FOLDER (latent shards), or switch off "
+            "what needs them: --gan-weight 0, --data-prob 0, --student-input simulate"
         )
     return bool(flags)
 
@@ -402,6 +408,9 @@ def clip_grad_norm(network, max_norm):
 def ema_update(ema, student, decay):
     """ema <- decay * ema + (1 - decay) * student, in place; nothing to do when both are the same network."""
     if ema is not student:
+        for network in (ema, student):  # FSDP2 leaves a root unsharded after a forward without gradient
+            if hasattr(network, "reshard"):
+                network.reshard()
         torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
@@ -416,7 +425,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -588,7 +597,7 @@ class Run:
         state = flat_state(networks, optimizers)
         try:
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(self.checkpoint / "state")))
-        except Exception as error:  # dcp wraps every cause in its own exception
+        except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
             reason = str(error).strip().splitlines()[-1]
             raise Fatal(f"cannot resume from {self.checkpoint}: {reason}") from None
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -692,15 +701,15 @@ def git_revision():
     return revision + (f"with changes:\n{changed}" if changed else "")
 
 
-def dry_run(teacher, args, forwards, backwards, trained=2):
+def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1):
     """Print parameters, memory per GPU and FLOPs per step, from shapes alone.
 
     args is the dict of the flags; "gpus" 0 stands for this launch's processes. trained: networks with an optimizer,
     float32; the teacher (bf16) and, if there is one, the averaged student (float32) come on top. forwards: forward
-    passes of one sample in one step, of all networks; backwards: how many of them are differentiated. FLOPs are counted
-    by PyTorch on meta tensors (a backward is two forwards, and one more with gradient checkpointing). The activation
-    figure adds up what autograd saves in one differentiated forward, in bf16; allocator slack and temporary buffers are
-    not in it.
+    passes of one sample in one step, of all networks; backwards: how many of them are differentiated; graphs: how many
+    are alive at once. FLOPs are counted by PyTorch on meta tensors (a backward is two forwards, and one more with
+    gradient checkpointing). The activation figure adds up what autograd saves in one differentiated forward, in bf16;
+    allocator slack and temporary buffers are not in it.
     """
     world_size = args["gpus"] or int(os.environ.get("WORLD_SIZE", 1))
     batch_size, grad_accum, checkpointing = args["batch_size"], args["grad_accum"], args["gradient_checkpointing"]
@@ -738,7 +747,7 @@ def dry_run(teacher, args, forwards, backwards, trained=2):
         "gradients": trained * 4 * parameters / world_size,
         "optimizer": trained * 8 * parameters / world_size,
         "one unsharded block": 2 * 2 * block,
-        "activations": batch_size * activations,
+        "activations": graphs * batch_size * activations,
     }
     lines = [
         f"teacher             {teacher.name}: {parameters / 1e6:,.1f} M parameters, {trained} trained copies",

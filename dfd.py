@@ -119,9 +119,9 @@ RECIPES = {
     },
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 1000, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
+        "steps": 100, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
         "guidance_scale": 2.0, "shift": 3.0, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
-        "gradient_checkpointing": False, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
+        "gradient_checkpointing": False, "save_every": 50, "preview_every": 50, "preview_prompts": 12,
     },
 }  # fmt: skip
 
@@ -238,11 +238,11 @@ def main(args):
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
     if args.dry_run:
-        rolled, gan = (len(args.student_sigmas) + 1) / 2, args.gan_weight > 0
+        gan, rolled = args.gan_weight > 0, 1 if args.student_input == "data" else (len(args.student_sigmas) + 1) / 2
         # fake score: rollout, fake (twice with a discriminator); student: rollout, fake (ditto), guided teacher
         forwards = 1 + rolled + gan + (3 + rolled + gan) / args.student_every
         backwards = (1 + gan) * (1 + 1 / args.student_every)
-        return common.dry_run(spec, asdict(args), forwards, backwards)
+        return common.dry_run(spec, asdict(args), forwards, backwards, graphs=1 + gan)
     clips, from_data = common.needs_clips(asdict(args)), args.student_input == "data"
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
     cache = f"{args.runs_dir}/cache"
@@ -261,7 +261,7 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    if args.init:
+    if args.init and not args.resume:
         common.load_init(args.init, networks)
     run.begin(networks, optimizers)
     preview = common.Preview(
@@ -281,9 +281,8 @@ def main(args):
         # preview
         if args.preview_every and (done or step % args.preview_every == 0):
             with torch.no_grad():
-                latents = [
-                    rollout(ema, rng, cond, spec.latent_shape, args.student_sigmas) for rng, cond in preview.batches()
-                ]
+                levels = args.student_sigmas
+                latents = [rollout(ema, rng, cond, spec.latent_shape, levels) for rng, cond in preview.batches()]
             run.scalars(step, preview.write(f"step_{step:07d}", latents))
 
         # save

@@ -7,7 +7,7 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
     python dmd.py                                          # the tiny teacher, minutes on two CPU cores
     torchrun --nproc_per_node=8 dmd.py --teacher wan2.1-1.3b --prompts prompts.txt --pairs pairs/
 
-Notes, healthy curves and results: docs/dmd.md. This is the base file: the scripts to come are diffs of it.
+Notes, healthy curves and results: docs/dmd.md. This is the base file: the other scripts are diffs of it.
 """
 
 import time
@@ -104,12 +104,12 @@ class Args:
 
 RECIPES = {
     "wan2.1-1.3b": {},
-    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6},  # CoDMD's 14B config: shift, lr
+    "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6, "grad_accum": 4},  # CoDMD's 14B config
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 150, "batch_size": 16, "grad_accum": 1, "lr": 5e-4, "fake_score_lr": 5e-4, "betas": (0.0, 0.999),
-        "guidance_scale": 2.0, "shift": 3.0, "num_pairs": 128, "pair_steps": 16, "gradient_checkpointing": False,
-        "save_every": 50, "preview_every": 75, "preview_prompts": 12, "preview_seeds": 4,
+        "steps": 200, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "betas": (0.0, 0.999),
+        "guidance_scale": 2.0, "shift": 3.0, "num_pairs": 256, "pair_steps": 12, "gradient_checkpointing": False,
+        "save_every": 50, "preview_every": 100, "preview_prompts": 12,
     },
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def main(args):
         return common.dry_run(spec, asdict(args), forwards, backwards)
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
     pairs = common.Shards(args.pairs, spec, device, ("latents", "noise"), args.seed) if args.pairs else None
-    cache = Path(args.runs_dir) / "cache"
+    cache = f"{args.runs_dir}/cache"
     data = common.load_data(spec, args.prompts, args.data, cache, device, args.seed)
     null_cond = common.encode_text(spec, [spec.negative_prompt], cache, device).cond_of([0])
 
@@ -227,7 +227,7 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    folder = cache / f"pairs_{pairs_key(args, spec, data):016x}"
+    folder = Path(cache) / f"pairs_{pairs_key(args, spec, data):016x}"
     pairs = pairs or solve_pairs(args, spec, teacher, data, null_cond, device, folder)
     run.begin(networks, optimizers)
     preview = common.Preview(

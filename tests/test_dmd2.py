@@ -143,6 +143,9 @@ def test_no_gan_needs_no_clips(tmp_path, fails):
         ({"student_sigmas": ()}, ["--student-sigmas"]),
         ({"gan_weight": -1.0}, ["--gan-weight", "at least 0"]),
         ({"discriminator_blocks": (1, 4)}, ["--discriminator-blocks", "0 to 3"]),
+        ({"discriminator_blocks": ()}, ["--discriminator-blocks", "different numbers"]),
+        ({"discriminator_blocks": (1, 1)}, ["--discriminator-blocks", "different numbers"]),
+        ({"betas": (2.0, 3.0)}, ["--betas"]),
         ({"init": "nowhere"}, ["--init", "nowhere"]),
     ],
 )

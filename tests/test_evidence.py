@@ -55,7 +55,7 @@ def test_a_small_table(tmp_path, capsys):
     first = sorted(tmp_path.glob("dmd2__*"))[0]
     for data_prob in (0.5, 1.0):
         dfd.main(small_args(dfd, runs_dir=tmp_path / str(data_prob), steps=1, data_prob=data_prob, init=str(first)))
-    finetune.main(small_args(dmd2, runs_dir=tmp_path, steps=6, init=str(first), gan_weight=0.0))
+    finetune.main(small_args(dfd, runs_dir=tmp_path, steps=6, init=str(first)))
     runs = [str(path) for path in sorted(tmp_path.glob("d*__*")) + sorted(tmp_path.glob("*/dfd__*"))]
     runs += [str(path) for path in tmp_path.glob("finetune__*")]
     evidence.main(evidence.Args(runs=tuple(runs), seeds=2, repeats=2, teacher_steps=(2,), out=tmp_path / "out"))
@@ -65,9 +65,9 @@ def test_a_small_table(tmp_path, capsys):
         ("teacher, 2 steps, guidance 2", 2),
         ("teacher, 2 steps, guidance 1", 2),
         ("dmd2.py, 2 steps, batch_size 2, gan_weight 0.0", 2),
-        ("dfd.py, 1 steps, batch_size 2", 1),
-        ("dfd.py, 1 steps, batch_size 2, data_prob 1.0", 1),
-        ("finetune.py, 6 steps, batch_size 2, gan_weight 0.0", 1),
+        ("dfd.py, 1 steps, batch_size 2, from dmd2", 1),
+        ("dfd.py, 1 steps, batch_size 2, data_prob 1.0, from dmd2", 1),
+        ("finetune.py, 6 steps, batch_size 2, from dmd2", 1),
     ]
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
     (tuned,) = tmp_path.glob("finetune__*")

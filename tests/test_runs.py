@@ -144,7 +144,8 @@ def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
     Measured: 6e-5 of the distance travelled, which is what float32 sums in another order cost Adam in four steps.
     """
     dmd.main(small_args(runs_dir=tmp_path / "one", steps=4, batch_size=4, save_every=2))
-    two = popen(2, runs_dir=tmp_path / "two", steps=4, batch_size=2, save_every=2)
+    # previews too: a forward without gradient leaves FSDP2's root unsharded, and the average must survive it
+    two = popen(2, runs_dir=tmp_path / "two", steps=4, batch_size=2, save_every=2, preview_every=2)
     _, err = two.communicate(timeout=300)
     assert two.returncode == 0, err[-3000:]
     dmd.main(small_args(runs_dir=tmp_path / "micro", steps=4, batch_size=2, grad_accum=2))

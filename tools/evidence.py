@@ -21,6 +21,7 @@ from einops import rearrange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/evidence.py` finds the scripts
 
 import common  # noqa: E402
+import dmd2  # noqa: E402
 from tiny import data as tiny  # noqa: E402
 from tools import metrics  # noqa: E402
 
@@ -106,25 +107,28 @@ def load_run(folder):
     return script, args, checkpoint
 
 
-def label(script, args):
+def label(script, args, step):
     """The script, its steps, and the flags that are not its recipe's."""
     recipe = vars(common.with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
     changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
-    return f"{script.__name__.removeprefix('tools.')}.py, {args.steps} steps" + "".join(
-        f", {flag}" for flag in sorted(changed)
-    )
+    if getattr(args, "init", None):  # where it started is part of what it is; that run's seed and time are not
+        parent = [part for part in Path(args.init).parts if "__" in part] or [args.init]
+        changed.append(f"from {parent[0].split('__')[0]}")
+    name = f"{script.__name__.removeprefix('tools.')}.py, {step} steps"
+    return name + "".join(f", {flag}" for flag in sorted(changed))
 
 
 @torch.no_grad()
 def main(args):
     loaded = [load_run(folder) for folder in args.runs]
     _, _, device = common.init_distributed()
-    script, first, _ = loaded[0]
+    _, first, _ = loaded[0]
     spec = common.Teacher("tiny", first.frames, first.height, first.width)
     captions = common.encode_text(spec, tiny.CAPTIONS, Path(first.runs_dir) / "cache", device)
     null_cond = common.encode_text(spec, [spec.negative_prompt], Path(first.runs_dir) / "cache", device).cond_of([0])
     vae = spec.family.load_vae(spec.folder, device)
-    reference = tiny.read_factors(tiny.batch(1, range(2048))[0])
+    # numbers that no training reaches
+    reference = tiny.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
     count = len(tiny.CAPTIONS) * args.seeds
 
     def sample(sampler, seed):
@@ -145,7 +149,7 @@ def main(args):
         print(f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in rows[name][-1].items())}", flush=True)
 
     def euler(steps, guidance):
-        return lambda rng, cond: script.solve_ode(
+        return lambda rng, cond: dmd2.solve_ode(
             network, rng.normal(spec.latent_shape), cond, null_cond, guidance, first.shift, steps
         )
 
@@ -153,7 +157,7 @@ def main(args):
         return lambda rng, cond: script.rollout(network, rng, cond, spec.latent_shape, *levels)
 
     for seed in range(args.repeats):
-        numbers = range(count * seed, count * (seed + 1))
+        numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
         clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
         add("data", rearrange(clips, "(p s) c f h w -> p s c f h w", s=args.seeds))
     network = spec.load_network(False, device)
@@ -164,7 +168,10 @@ def main(args):
     for run_script, run_args, checkpoint in loaded:
         common.put_weights(network, checkpoint / "student" / "transformer", torch.float32)
         levels = [run_args.student_sigmas] if hasattr(run_args, "student_sigmas") else []
-        add(label(run_script, run_args), sample(rollout(run_script, levels), run_args.seed))
+        add(
+            label(run_script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]),
+            sample(rollout(run_script, levels), run_args.seed),
+        )
 
     lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name, figures in rows.items():

@@ -2,8 +2,8 @@
 
     python tools/finetune.py --init runs/dmd2__tiny__0__… --steps 100
 
-What DFD gains over this is not a matter of having seen the clips. The flags are dmd2.py's; the student is updated at
-the steps where dmd2.py would update it, on the same samples. The run folder is like a script's, for tools/evidence.py.
+What DFD gains over this is not a matter of having seen the clips. The flags are dfd.py's; the student is updated at
+the steps where dfd.py would update it, on the same clips. The run folder is like a script's, for tools/evidence.py.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/finetune.py` finds the scripts
 
 import common  # noqa: E402
-from dmd2 import RECIPES, Args, rollout  # noqa: E402
+from dfd import RECIPES, Args, rollout  # noqa: E402
 
 
 def main(args):
@@ -37,6 +37,8 @@ def main(args):
     for step in range(run.step, args.steps):
         if step % args.student_every:
             continue
+        if run.stop_signal():
+            break
         shared, log = common.SharedDraws(args.seed, step), defaultdict(float)
         sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
         for micro in range(args.grad_accum):
@@ -51,9 +53,12 @@ def main(args):
         optimizer.zero_grad()
         common.ema_update(ema, student, args.ema_decay)
         run.log(step, log, total=args.steps)
-    run.save(args.steps, networks, optimizers, export=ema)
+    else:
+        step = args.steps
+    run.save(step, networks, optimizers, export=ema)
     run.close()
-    print(f"run folder: {run.folder}")
+    if run.rank == 0:
+        print(f"run folder: {run.folder}")
 
 
 if __name__ == "__main__":
