@@ -84,7 +84,7 @@ class Args:
     """Allow to start from the teacher. Methods that are known to fail so want --init."""
 
     seed: int = 0
-    """Seed of all noise and data. The same seed gives the same run, at any number of processes."""
+    """Seed of all noise and data. The same seed and global batch give the same run at any number of processes."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: far less memory for a third more compute."""
     runs_dir: str = "runs"
@@ -94,7 +94,7 @@ class Args:
     keep: int = 3
     """Checkpoints to keep, newest first; 0 keeps all."""
     resume: str | None = None
-    """Continue exactly: "latest", a run folder, or a checkpoint folder. The number of processes may differ."""
+    """Continue exactly: "latest", a run folder, or a checkpoint folder. With other processes, keep the global batch."""
     preview_every: int = 250
     """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
     preview_prompts: int = 4
