@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_gather
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -121,7 +122,7 @@ def recipe_name(teacher):
 
 
 def check_ranges(args):
-    """Raise one line for the first flag out of its range; args is a dict."""
+    """Raise one line for the first flag that cannot work: out of its range, or missing. args is a dict."""
     for name, (low, *high) in RANGES.items():
         value = args.get(name, low)
         if not value >= low or (high and not value <= high[0]):  # written so that NaN is out of range too
@@ -414,29 +415,14 @@ def ema_update(ema, student, decay):
         torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
-class GatherRows(torch.autograd.Function):
-    """See gather_rows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather_rows(x):
     """Rows [world * b, ...] of all ranks, from x [b, ...] of each; the same b everywhere.
 
-    Its backward sums the gradients that all ranks have for these rows. So a loss of all rows, computed on every rank
-    and averaged over ranks as FSDP2 does, has the gradient of one process that holds the whole batch.
+    The backward of PyTorch's differentiable all-gather sums the gradients that all ranks have for these rows. So a loss
+    of all rows, computed on every rank and averaged over ranks as FSDP2 does, has the gradient of one process that
+    holds the whole batch.
     """
-    return GatherRows.apply(x)
+    return torch.cat(all_gather(x))
 
 
 def mean_over_ranks(values):
@@ -900,7 +886,7 @@ def shared_chunks(folder, total, size):
     if dist.get_rank() == 0:
         make_folder(folder)
     dist.barrier()
-    missing = [first for first in range(0, total, size) if not (folder / f"{first:08d}.safetensors").is_file()]
+    missing = [first for first in range(0, total, size) if not Path(folder, f"{first:08d}.safetensors").is_file()]
     dist.barrier()
     world, rank = dist.get_world_size(), dist.get_rank()
     for i in tqdm(range(math.ceil(len(missing) / world)), desc="teacher pairs", disable=rank > 0 or not missing):
@@ -914,7 +900,9 @@ def write_pairs(folder, data, numbers, cond, noise, latents):
     # padding is zero, and no embedding of a real token is
     texts = [text[: int(text.abs().sum(-1).count_nonzero())].cpu() for text in cond["text"]]
     prompts = [data.prompt(number) for number in numbers]
-    write_shard(folder / f"{numbers[0]:08d}.safetensors", prompts, texts, noise=noise.cpu(), latents=latents.cpu())
+    write_shard(
+        Path(folder) / f"{numbers[0]:08d}.safetensors", prompts, texts, noise=noise.cpu(), latents=latents.cpu()
+    )
 
 
 def make_folder(folder):

@@ -60,7 +60,7 @@ class Args:
     max_grad_norm: float = 10.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.0
-    """Decay of the averaged student, shown and exported; 0 keeps none: 20 updates would move one of .99 by 18 %."""
+    """Decay of the averaged student, which is what previews and exports show; 0 keeps no average."""
 
     guidance_scale: float = 5.0
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""

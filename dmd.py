@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -227,7 +226,7 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    folder = Path(cache) / f"pairs_{pairs_key(args, spec, data):016x}"
+    folder = f"{cache}/pairs_{pairs_key(args, spec, data):016x}"
     pairs = pairs or solve_pairs(args, spec, teacher, data, null_cond, device, folder)
     run.begin(networks, optimizers)
     preview = common.Preview(

@@ -99,7 +99,6 @@ def test_data_prob_0_is_dmd2_bit_for_bit(tmp_path, student_input):
     assert runs[0.0][0] == losses(tmp_path, dmd2)
     assert same(runs[0.0][1], student_weights(tmp_path, 6, dmd2))
     assert runs[1.0][0]["loss/student"][0] != runs[0.0][0]["loss/student"][0]
-    # the fake score's training is DMD2's: until the student has moved, so is its loss
     assert runs[1.0][0]["grad_norm/student"][0] != runs[0.0][0]["grad_norm/student"][0]
 
 

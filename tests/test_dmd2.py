@@ -122,6 +122,30 @@ def test_two_time_scales_and_what_is_logged(tmp_path):
     assert steps["loss/fake_score"] == steps["loss/discriminator"] == list(range(6))
 
 
+def test_the_exit_step_varies_and_both_updates_share_it(tmp_path, monkeypatch):
+    """On sharded networks all ranks, and the rollouts of one step, must make the same number of calls."""
+    calls, rollout = [], dmd2.rollout
+
+    def record(student, rng, cond, shape, sigmas, x0_data=None):
+        calls.append(sigmas)
+        return rollout(student, rng, cond, shape, sigmas, x0_data)
+
+    monkeypatch.setattr(dmd2, "rollout", record)
+    levels = (1.0, 0.8, 0.4)
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=20, student_every=1, student_sigmas=levels, gan_weight=0.0))
+    assert set(calls) == {levels[:1], levels[:2], levels}
+    assert calls[::2] == calls[1::2]  # student, fake score
+
+
+def test_the_students_gan_loss_does_not_train_the_fake_score(tmp_path):
+    fake_scores = []
+    for gan_weight in (1e-3, 10.0):
+        flags = {"steps": 1, "lr": 0.0, "discriminator_weight": 0.0, "gan_weight": gan_weight}
+        dmd2.main(small_args(dmd2, runs_dir=tmp_path / str(gan_weight), **flags))
+        fake_scores.append(part(state_of(tmp_path / str(gan_weight), 1, dmd2), "fake_score"))
+    assert same(*fake_scores)
+
+
 def test_no_gan_needs_no_clips(tmp_path, fails):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")

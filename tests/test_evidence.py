@@ -59,15 +59,16 @@ def test_a_small_table(tmp_path, capsys):
     runs = [str(path) for path in sorted(tmp_path.glob("d*__*")) + sorted(tmp_path.glob("*/dfd__*"))]
     runs += [str(path) for path in tmp_path.glob("finetune__*")]
     evidence.main(evidence.Args(runs=tuple(runs), seeds=2, repeats=2, teacher_steps=(2,), out=tmp_path / "out"))
+    parent = "from (dmd2.py, 2 steps, batch_size 2, gan_weight 0.0)"
     rows = [line.split("|")[1:3] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
     assert [(name.strip(), int(seeds)) for name, seeds in rows] == [
         ("data", 2),
         ("teacher, 2 steps, guidance 2", 2),
         ("teacher, 2 steps, guidance 1", 2),
         ("dmd2.py, 2 steps, batch_size 2, gan_weight 0.0", 2),
-        ("dfd.py, 1 steps, batch_size 2, from dmd2", 1),
-        ("dfd.py, 1 steps, batch_size 2, data_prob 1.0, from dmd2", 1),
-        ("finetune.py, 6 steps, batch_size 2, from dmd2", 1),
+        (f"dfd.py, 1 steps, batch_size 2, {parent}", 1),
+        (f"dfd.py, 1 steps, batch_size 2, data_prob 1.0, {parent}", 1),
+        (f"finetune.py, 6 steps, batch_size 2, {parent}", 1),
     ]
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
     (tuned,) = tmp_path.glob("finetune__*")
@@ -78,6 +79,13 @@ def test_a_small_table(tmp_path, capsys):
 def weights(run):
     (checkpoint,) = (run / "checkpoints").iterdir()
     return load_file(checkpoint / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_same_run_twice(tmp_path, fails):
+    for time in ("a", "b"):
+        dmd2.main(small_args(dmd2, runs_dir=tmp_path / time, steps=1, gan_weight=0.0))
+    runs = tuple(str(path) for path in tmp_path.glob("*/dmd2__*"))
+    fails(lambda: evidence.main(evidence.Args(runs=runs)), "the same run twice", "name one of them")
 
 
 def test_a_folder_that_is_no_run(tmp_path, fails):

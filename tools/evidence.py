@@ -111,16 +111,32 @@ def label(script, args, step):
     """The script, its steps, and the flags that are not its recipe's."""
     recipe = vars(common.with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
     changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
-    if getattr(args, "init", None):  # where it started is part of what it is; that run's seed and time are not
-        parent = [part for part in Path(args.init).parts if "__" in part] or [args.init]
-        changed.append(f"from {parent[0].split('__')[0]}")
     name = f"{script.__name__.removeprefix('tools.')}.py, {step} steps"
-    return name + "".join(f", {flag}" for flag in sorted(changed))
+    return name + "".join(f", {flag}" for flag in sorted(changed)) + started_from(getattr(args, "init", None))
+
+
+def started_from(init):
+    """Where a run started is part of what it is: ", from (that run's label)". Its seed and time are not."""
+    if not init:
+        return ""
+    folders = [folder for folder in (Path(init), *Path(init).parents) if (folder / "args.json").is_file()]
+    if not folders:  # a student alone, or a run that is gone
+        return f", from {Path(init).name}"
+    script, args, checkpoint = load_run(folders[0])
+    here = [part for part in Path(init).parts if part.startswith("step_")]
+    step = int(here[0].removeprefix("step_")) if here else common.read_json(checkpoint / "checkpoint.json")["step"]
+    return f", from ({label(script, args, step)})"
 
 
 @torch.no_grad()
 def main(args):
     loaded = [load_run(folder) for folder in args.runs]
+    labels, seen = [], {}
+    for folder, (script, run_args, checkpoint) in zip(args.runs, loaded, strict=True):
+        labels.append(label(script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]))
+        other = seen.setdefault((labels[-1], run_args.seed), folder)
+        if other != folder:
+            raise common.Fatal(f"{folder} and {other} are the same run twice (seed {run_args.seed}): name one of them")
     _, _, device = common.init_distributed()
     _, first, _ = loaded[0]
     spec = common.Teacher("tiny", first.frames, first.height, first.width)
@@ -165,13 +181,10 @@ def main(args):
     for steps, guidance in [*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]:
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
-    for run_script, run_args, checkpoint in loaded:
+    for name, (run_script, run_args, checkpoint) in zip(labels, loaded, strict=True):
         common.put_weights(network, checkpoint / "student" / "transformer", torch.float32)
         levels = [run_args.student_sigmas] if hasattr(run_args, "student_sigmas") else []
-        add(
-            label(run_script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]),
-            sample(rollout(run_script, levels), run_args.seed),
-        )
+        add(name, sample(rollout(run_script, levels), run_args.seed))
 
     lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
     for name, figures in rows.items():

@@ -4,6 +4,7 @@
 
 What DFD gains over this is not a matter of having seen the clips. The flags are dfd.py's; the student is updated at
 the steps where dfd.py would update it, on the same clips. The run folder is like a script's, for tools/evidence.py.
+One checkpoint at the end and no previews: --save-every, --preview-every and --dry-run do nothing here.
 """
 
 import sys
