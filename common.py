@@ -77,8 +77,8 @@ RANGES = {
     **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
     **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
     **dict.fromkeys(("keep", "preview_every", "gpus", "seed", "gan_weight", "discriminator_weight"), (0,)),
-    **dict.fromkeys(("relation_weight", "sample_relation", "frame_relation"), (0,)),
-    "relation_temperature": (1e-9,),
+    **dict.fromkeys(("relation_weight", "sample_relation", "frame_relation", "lora_rank"), (0,)),
+    **dict.fromkeys(("relation_temperature", "lora_alpha"), (1e-9,)),
     "data_prob": (0, 1),
     "ema_decay": (0, 1),
     "max_grad_norm": (1e-9,),
@@ -131,6 +131,13 @@ def check_ranges(args):
     sigmas = args.get("student_sigmas", (1.0,))
     if not sigmas or sigmas[0] != 1 or not all(high > low > 0 for high, low in pairwise(sigmas)):
         raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+    ends = args.get("phase_ends", (0.0,))
+    if not ends or ends[-1] != 0 or list(ends[:-1]) != [sigma for sigma in sigmas[1:] if sigma in ends]:
+        raise Fatal(
+            f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {' '.join(map(str, ends))}"
+        )
+    if args["steps"] % len(ends):
+        raise Fatal(f"--steps must be a multiple of the {len(ends)} phases, got {args['steps']}")
     blocks = args.get("discriminator_blocks", (0,))
     if args.get("gan_weight") and (not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks)):
         raise Fatal(f"--discriminator-blocks must be different numbers from 0 up, got {' '.join(map(str, blocks))}")
@@ -218,6 +225,7 @@ class Wan(nn.Module):
     """Wan 2.1 text-to-video: cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
     transformer_class = WanTransformer3DModel
+    lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     # a constant of the model: the negative prompt of diffusers' Wan examples, which is Wan's own in English
     negative_prompt = (
         "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
@@ -335,18 +343,24 @@ class Teacher:
         self.fps = tiny.FPS if self.world else 16
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
-    def load_network(self, trained, device, dtype=None, gradient_checkpointing=False):
+    def load_network(self, trained, device, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0):
         """The teacher's network, sharded over all ranks. Student and fake score are copies: load it again.
 
         trained networks keep float32 master weights; frozen ones are bf16 on a GPU (dtype says otherwise). Compute is
         bf16 on a GPU, with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2
-        fixes its reduction dtype at the first forward.
+        fixes its reduction dtype at the first forward. With lora_rank only a LoRA on attention and feed-forward layers
+        is trained, its update scaled by lora_alpha / lora_rank.
         """
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
         with init_empty_weights(include_buffers=False):
             transformer = self.family.transformer_class.from_config(self.config)
+        if lora_rank:
+            transformer.add_adapter(self.lora_config(lora_rank, lora_alpha))
         network = self.family(transformer).to(dtype).requires_grad_(trained)
+        if lora_rank:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(trained and ".lora_" in name)
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -354,8 +368,17 @@ class Teacher:
         network.to_empty(device=device)
         for name, buffer in network.named_buffers():  # to_empty empties these too, and no file holds them
             buffer.copy_(buffers[name])
-        put_weights(network, self.folder / "transformer", dtype)
+        self.reset(network)
         return network
+
+    def lora_config(self, rank, alpha):
+        from peft import LoraConfig
+
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=self.family.lora_layers)
+
+    def reset(self, network):
+        """Give a network of `load_network` the teacher's weights (again); a discriminator on it stays as it is."""
+        put_weights(network, self.folder / "transformer", next(network.parameters()).dtype)
 
     def weights_id(self):
         """Something that changes when the transformer's files do."""
@@ -366,19 +389,30 @@ class Teacher:
 
 
 def put_weights(network, folder, dtype):
-    """Fill a sharded network with the safetensors of a transformer's folder in the diffusers layout, in place."""
+    """Fill a sharded network with the safetensors of a transformer's folder in the diffusers layout, in place.
+
+    A LoRA on it starts as no change: its first half as nn.Linear's weights do, its second half zero.
+    """
     weights = {}
     if dist.get_rank() == 0:
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
         for name in files or ["diffusion_pytorch_model.safetensors"]:
             try:
-                weights |= {f"transformer.{key}": value.to(dtype) for key, value in load_file(folder / name).items()}
+                weights |= {key: value.to(dtype) for key, value in load_file(folder / name).items()}
             except (OSError, SafetensorError) as error:
                 raise Fatal(f"cannot read {folder / name} ({error}): copy or download it again") from None
+        generator = torch.Generator().manual_seed(0)
+        for key, parameter in network.transformer.state_dict().items():
+            if ".base_layer." in key and key.replace(".base_layer.", ".") in weights:
+                weights[key] = weights.pop(key.replace(".base_layer.", "."))
+            elif ".lora_" in key:
+                bound = parameter.shape[1] ** -0.5 if ".lora_A." in key else 0
+                weights[key] = torch.empty(parameter.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    reshard(network)
     try:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1)
-        set_model_state_dict(network, weights, options=options)
+        set_model_state_dict(network.transformer, weights, options=options)
     except (RuntimeError, KeyError, ValueError) as error:
         raise Fatal(f"the weights in {folder} do not fit: {str(error).splitlines()[0]}") from None
 
@@ -399,6 +433,12 @@ def shard(network, device):
     return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
+def reshard(network):
+    """Give the parameters back to FSDP2, which leaves a root unsharded after a forward without gradient."""
+    if hasattr(network, "reshard"):
+        network.reshard()
+
+
 def clip_grad_norm(network, max_norm):
     """Clip the gradient of the whole network in place; returns its norm before clipping, a float tensor []."""
     norm = nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], max_norm)
@@ -409,9 +449,7 @@ def clip_grad_norm(network, max_norm):
 def ema_update(ema, student, decay):
     """ema <- decay * ema + (1 - decay) * student, in place; nothing to do when both are the same network."""
     if ema is not student:
-        for network in (ema, student):  # FSDP2 leaves a root unsharded after a forward without gradient
-            if hasattr(network, "reshard"):
-                network.reshard()
+        reshard(ema), reshard(student)
         torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
 
 
@@ -485,6 +523,18 @@ def flat_state(networks, optimizers):
         values = get_optimizer_state_dict(networks[name], optimizer, options=flat)
         state |= {f"{name}_optimizer.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
     return state
+
+
+def merged(network, state):
+    """The transformer's weights in `state`, the full state dict of a network, with a LoRA added to its layers."""
+    weights = {key.removeprefix("transformer."): value.clone() for key, value in state.items()}
+    for name, module in network.transformer.named_modules():
+        if hasattr(module, "lora_A"):
+            down, up = (weights.pop(f"{name}.lora_{half}.default.weight") for half in "AB")
+            weights[f"{name}.weight"] = weights.pop(f"{name}.base_layer.weight") + module.scaling["default"] * up @ down
+            if f"{name}.base_layer.bias" in weights:
+                weights[f"{name}.bias"] = weights.pop(f"{name}.base_layer.bias")
+    return weights
 
 
 def latest_checkpoint(folder):
@@ -600,7 +650,8 @@ class Run:
         """Write checkpoints/step_<step>/ aside, then rename it: the folder is there whole or not at all.
 
         state/    all networks and optimizers, sharded safetensors of torch.distributed.checkpoint
-        student/  `export` alone in the diffusers layout: transformer/config.json and its safetensors
+        student/  `export` alone in the diffusers layout: transformer/config.json and its safetensors. Of a list the
+                  second is transformer_2/, as WanPipeline calls it, and so on. A LoRA is merged into its layers.
         """
         final = self.folder / "checkpoints" / f"step_{step:07d}"
         aside = final.with_name(final.name + ".tmp")
@@ -610,13 +661,14 @@ class Run:
         dist.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
         dcp.save(flat_state(networks, optimizers), storage_writer=writer)
-        whole = get_model_state_dict(export, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        for i, network in enumerate(export if isinstance(export, list) else [export]):
+            whole = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if self.rank == 0:
+                with init_empty_weights(include_buffers=False):
+                    transformer = type(network.transformer).from_config(network.transformer.config)
+                transformer.load_state_dict(merged(network, whole), assign=True)
+                transformer.save_pretrained(aside / "student" / f"transformer{f'_{i + 1}' if i else ''}")
         if self.rank == 0:
-            with init_empty_weights(include_buffers=False):
-                transformer = type(export.transformer).from_config(export.transformer.config)
-            weights = {key.removeprefix("transformer."): value.clone() for key, value in whole.items()}
-            transformer.load_state_dict(weights, assign=True)
-            transformer.save_pretrained(aside / "student" / "transformer")
             files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
             record = {"step": step, "world_size": dist.get_world_size(), "files": files}
             (aside / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -687,19 +739,20 @@ def git_revision():
     return revision + (f"with changes:\n{changed}" if changed else "")
 
 
-def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1):
+def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
     """Print parameters, memory per GPU and FLOPs per step, from shapes alone.
 
     args is the dict of the flags; "gpus" 0 stands for this launch's processes. trained: networks with an optimizer,
     float32; the teacher (bf16) and, if there is one, the averaged student (float32) come on top. forwards: forward
     passes of one sample in one step, of all networks; backwards: how many of them are differentiated; graphs: how many
-    are alive at once. FLOPs are counted by PyTorch on meta tensors (a backward is two forwards, and one more with
-    gradient checkpointing). The activation figure adds up what autograd saves in one differentiated forward, in bf16;
-    allocator slack and temporary buffers are not in it.
+    are alive at once; experts: phases, all but the last of which leave a frozen expert (float32). Of a student with
+    --lora-rank only the LoRA has gradients and optimizer. FLOPs are counted by PyTorch on meta tensors (a backward is
+    two forwards, and one more with gradient checkpointing). The activation figure adds up what autograd saves in one
+    differentiated forward, in bf16; allocator slack and temporary buffers are not in it.
     """
     world_size = args["gpus"] or int(os.environ.get("WORLD_SIZE", 1))
     batch_size, grad_accum, checkpointing = args["batch_size"], args["grad_accum"], args["gradient_checkpointing"]
-    frozen = 2 + 4 * (args["ema_decay"] > 0)  # bytes per parameter
+    frozen = 2 + 4 * (args["ema_decay"] > 0) + 4 * (experts - 1)  # bytes per parameter
     if int(os.environ.get("RANK", 0)):
         return
     with torch.device("meta"):
@@ -707,6 +760,11 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1):
         x_t = torch.empty(1, *teacher.latent_shape)
         sigma, cond = torch.empty(1), {"text": torch.empty(1, teacher.text_length, teacher.text_dim)}
     parameters = sum(p.numel() for p in network.parameters())
+    updated, copies = trained * parameters, f"{trained} trained copies"
+    if args.get("lora_rank"):
+        layers = [m for n, m in network.named_modules() if n.endswith(tuple(teacher.family.lora_layers))]
+        lora = args["lora_rank"] * sum(m.in_features + m.out_features for m in layers)
+        updated, copies = updated + lora - parameters, f"{copies}, one by {lora / 1e6:,.1f} M of LoRA"
     block = sum(p.numel() for p in network.blocks[0].parameters())
     owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
@@ -730,13 +788,13 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1):
     gib = 1024**3
     rows = {
         "weights": (trained * 4 + frozen) * parameters / world_size,
-        "gradients": trained * 4 * parameters / world_size,
-        "optimizer": trained * 8 * parameters / world_size,
+        "gradients": 4 * updated / world_size,
+        "optimizer": 8 * updated / world_size,
         "one unsharded block": 2 * 2 * block,
         "activations": graphs * batch_size * activations,
     }
     lines = [
-        f"teacher             {teacher.name}: {parameters / 1e6:,.1f} M parameters, {trained} trained copies",
+        f"teacher             {teacher.name}: {parameters / 1e6:,.1f} M parameters, {copies}",
         f"latents             {' x '.join(map(str, teacher.latent_shape))} (c f h w), {tokens:,} tokens",
         f"batch               {batch_size} x {grad_accum} accumulated x {world_size} GPUs = {samples} samples a step",
         "memory per GPU      an estimate: float32 master weights and Adam, bf16 compute",

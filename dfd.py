@@ -53,6 +53,8 @@ class Args:
     """Learning rate of the student (the paper's for Wan2.1-1.3B, as steps, batch, guidance and student input are)."""
     fake_score_lr: float = 1e-5
     """Learning rate of the fake score and the discriminator (the same)."""
+    anneal_lr: bool = False
+    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas of student and fake score."""
     weight_decay: float = 0.01
@@ -293,6 +295,10 @@ def main(args):
             break
 
         # ------------------------------------------------------------------------------------ one training step
+
+        left = 1 - step / args.steps if args.anneal_lr else 1
+        student_optimizer.param_groups[0]["lr"] = args.lr * left
+        fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * left
 
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
         shared = common.SharedDraws(args.seed, step)

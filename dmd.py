@@ -51,6 +51,8 @@ class Args:
     """Learning rate of the student (CoDMD on Wan2.1-1.3B; so are betas, clipping, shift and guidance)."""
     fake_score_lr: float = 2e-6
     """Learning rate of the fake score. DMD updates both networks alike; DMD2 and CoDMD slow this one down."""
+    anneal_lr: bool = False
+    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas of student and fake score."""
     weight_decay: float = 0.01
@@ -257,6 +259,10 @@ def main(args):
             break
 
         # ------------------------------------------------------------------------------------ one training step
+
+        left = 1 - step / args.steps if args.anneal_lr else 1
+        student_optimizer.param_groups[0]["lr"] = args.lr * left
+        fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * left
 
         # student
         if step % args.student_every == 0:

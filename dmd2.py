@@ -53,6 +53,8 @@ class Args:
     """Learning rate of the student (CoDMD on Wan2.1-1.3B; so are betas, clipping, shift and guidance)."""
     fake_score_lr: float = 4e-7
     """Learning rate of the fake score and the discriminator (CoDMD on Wan2.1-1.3B)."""
+    anneal_lr: bool = False
+    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas of student and fake score."""
     weight_decay: float = 0.01
@@ -291,6 +293,10 @@ def main(args):
             break
 
         # ------------------------------------------------------------------------------------ one training step
+
+        left = 1 - step / args.steps if args.anneal_lr else 1
+        student_optimizer.param_groups[0]["lr"] = args.lr * left
+        fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * left
 
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
         shared = common.SharedDraws(args.seed, step)

@@ -137,6 +137,22 @@ def test_the_exit_step_varies_and_both_updates_share_it(tmp_path, monkeypatch):
     assert calls[::2] == calls[1::2]  # student, fake score
 
 
+def test_annealed_learning_rates_fall_to_zero_at_the_end(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def record(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    flags = {"steps": 4, "student_every": 1, "gan_weight": 0.0, "lr": 1e-4, "fake_score_lr": 2e-4}
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "falling", anneal_lr=True, **flags))
+    assert rates == pytest.approx([1e-4, 2e-4, 0.75e-4, 1.5e-4, 0.5e-4, 1e-4, 0.25e-4, 0.5e-4])
+    rates.clear()
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "level", anneal_lr=False, **flags))
+    assert rates == pytest.approx([1e-4, 2e-4] * 4)
+
+
 def test_the_students_gan_loss_does_not_train_the_fake_score(tmp_path):
     fake_scores = []
     for gan_weight in (1e-3, 10.0):

@@ -15,6 +15,10 @@ DECLARED = {
     ("dmd2", "codmd"): (
         {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 43, 12,
     ),
+    ("dmd2", "phased_dmd"): (
+        {"docstring", "Args", "RECIPES", "bridge", "renoise", "sample_sigma", "rollout", "velocity_gradient",
+         "flow_loss", "main"}, 111, 55,
+    ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 29, 26),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = [("dmd", "dmd2"), ("dmd2", "dfd"), ("dmd2", "codmd")]
+PAIRS = [("dmd", "dmd2"), ("dmd2", "dfd"), ("dmd2", "codmd"), ("dmd2", "phased_dmd")]
 
 
 @dataclass
