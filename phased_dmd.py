@@ -78,6 +78,10 @@ class Args:
     """Noise level to which each phase carries samples: some of --student-sigmas, falling, then 0."""
     velocity_gradient: bool = False
     """Use the paper's gradient (eq. 10) instead of DMD's normalised one; they differ by a positive factor a sample."""
+    naive_target: bool = False
+    """Ablation: train the fake score as if samples at a phase's end were clean videos."""
+    disjoint_times: bool = False
+    """Ablation: score times up to the phase's start only, instead of up to 1."""
     student_input: Literal["simulate", "data"] = "simulate"
     """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
     gan_weight: float = 0.0
@@ -151,9 +155,9 @@ def renoise(x_s, noise, sigma, s):
     return a * x_s + b * noise
 
 
-def sample_sigma(rng, shift, s):
-    start = s / (shift - (shift - 1) * s)  # the phase's end, before the shift: nested ranges (s, 1), not disjoint ones
-    u = start + (1 - start) * rng.uniform()
+def sample_sigma(rng, shift, s, top=1.0):
+    low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in (s, top))  # before the shift
+    u = low + (high - low) * rng.uniform()
     sigma = shift * u / (1 + (shift - 1) * u)
     return sigma.clamp(max(s, 0.02), 0.98)  # after the shift: an atom at .98 is meant
 
@@ -355,6 +359,7 @@ def main(args):
         own = [sigma for sigma in args.student_sigmas if start >= sigma > end]
         sigmas += own[: 1 + int(shared.uniform("exit") * len(own))] + [end]
         students = dict(zip(args.phase_ends, [*experts, student]))
+        top = start if args.disjoint_times else 1.0  # nested score times: (end, 1), not (end, start)
 
         # student
         if step % args.student_every == 0:
@@ -364,7 +369,7 @@ def main(args):
                 x0_data = data.latents(numbers) if clips else None
                 x_s, x0 = rollout(students, rng, cond, spec.latent_shape, sigmas, x0_data if from_data else None)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift, end)
+                    sigma = sample_sigma(rng, args.shift, end, top)
                     noise = rng.normal(spec.latent_shape)
                     x_t = renoise(x_s, noise, sigma, end)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
@@ -393,10 +398,10 @@ def main(args):
             x0_data = data.latents(numbers) if args.gan_weight or from_data else None
             with torch.no_grad():
                 x_s, _ = rollout(students, rng, cond, spec.latent_shape, sigmas, x0_data if from_data else None)
-                sigma = sample_sigma(rng, args.shift, end)
+                sigma = sample_sigma(rng, args.shift, end, top)
                 noise = rng.normal(spec.latent_shape)
                 x_t = renoise(x_s, noise, sigma, end)
-            loss = flow_loss(fake_score(x_t, sigma, cond), x_s, noise, sigma, end)
+            loss = flow_loss(fake_score(x_t, sigma, cond), x_s, noise, sigma, 0 if args.naive_target else end)
             log["loss/fake_score"] += loss.detach() / args.grad_accum
             if args.gan_weight:
                 logits_fake = fake_score.discriminator()

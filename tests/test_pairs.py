@@ -17,7 +17,7 @@ DECLARED = {
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "bridge", "renoise", "sample_sigma", "rollout", "velocity_gradient",
-         "flow_loss", "main"}, 111, 55,
+         "flow_loss", "main"}, 116, 55,
     ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 29, 26),
 }  # fmt: skip

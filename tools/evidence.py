@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from einops import rearrange
+from einops import rearrange, reduce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/evidence.py` finds the scripts
 
+import codmd  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
 from tiny import data as tiny  # noqa: E402
@@ -32,20 +33,24 @@ COLUMNS = {
     "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
-    "coherence": "coherence, px", "distance": "distance to data",
+    "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
+    "distance": "distance to data",
 }  # fmt: skip
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders of any of the scripts; the newest checkpoint of each is sampled."""
+    """Run folders of any of the scripts; the newest checkpoint of each is sampled. FOLDER:raw samples the student
+    itself where the export is its average."""
     seeds: int = 8
     """Samples of each caption, for each training seed."""
     repeats: int = 3
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[int, ...] = (50, 4)
     """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    transpose: bool = False
+    """One column a run and one row a figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
     """Folder for table.md and sheet.png."""
 
@@ -62,9 +67,25 @@ def wasserstein(a, b):
     return (torch.quantile(a, q) - torch.quantile(b, q)).abs().mean().item()
 
 
+def relations(latents):
+    """Mean relations in latents [p, s, c, f, h, w]: between frames [p, f, f], of each caption, and between captions
+    [p, p]. Rows are softmaxed similarities of codmd.py's features, and sum to 1.
+    """
+    frames = codmd.relation_matrix(reduce(latents, "p s c f h w -> p s f c", "mean"))
+    samples = codmd.relation_matrix(reduce(latents, "p s c f h w -> s p c", "mean"))
+    tau = codmd.Args.relation_temperature
+    return torch.softmax(frames / tau, dim=-1).mean(1), torch.softmax(samples / tau, dim=-1).mean(0)
+
+
+def kl(p, q):
+    """KL(p || q) of rows that sum to 1, the mean over rows."""
+    return (p * (p / q).log()).sum(-1).mean().item()
+
+
 def measure(clips, reference):
     """Figures of clips [p, s, 3, f, h, w], one row a caption, as a dict of floats; see COLUMNS.
 
+    residual: what one shape of one size and colour leaves unexplained in the worst frame, median over samples.
     direction and position are within a caption, averaged over captions: what collapses when a student forgets a mode.
     distance: W1 to the data over its standard deviation, averaged over the free factors; `reference` holds the data's
     factors. Needs two clean clips; NaN if there are fewer.
@@ -86,6 +107,7 @@ def measure(clips, reference):
     row["position"] = torch.tensor(spreads).mean().item()
     for name in ("saturation", "brightness", "background", "speed", "coherence"):
         row[name] = f[name][clean].mean().item()
+    row["residual"] = f["residual"].median().item()
     row["distance"] = float("nan")
     if clean.any():
         apart = [wasserstein(f[name][clean], reference[name]) / reference[name].std().item() for name in tiny.FREE]
@@ -94,8 +116,8 @@ def measure(clips, reference):
 
 
 def load_run(folder):
-    """(script module, its Args, newest checkpoint) of a run folder."""
-    folder = Path(folder)
+    """(script module, its Args, newest checkpoint) of a run folder, with or without :raw."""
+    folder = Path(str(folder).removesuffix(":raw"))
     name, checkpoint = folder.name.split("__")[0], common.latest_checkpoint(folder)
     if checkpoint is None or not (folder / "args.json").is_file():
         raise common.Fatal(f"{folder} is not a run with a checkpoint")
@@ -128,12 +150,32 @@ def started_from(init):
     return f", from ({label(script, args, step)})"
 
 
+def sampler(spec, device, script, args, checkpoint, raw):
+    """A function (rng, cond) -> latents of a run's exported student (raw: not its average), by its script's rollout."""
+    networks = []
+    for folder in sorted((checkpoint / "student").iterdir()):  # transformer, transformer_2, …
+        networks.append(spec.load_network(False, device))
+        common.put_weights(networks[-1], folder, torch.float32)
+    if raw:
+        common.load_init(checkpoint, {"student": networks[-1]})
+    shape, levels = spec.latent_shape, getattr(args, "student_sigmas", None)
+    if hasattr(args, "phase_ends"):
+        if len(networks) < len(args.phase_ends):
+            raise common.Fatal(
+                f"{checkpoint}: {len(networks)} of {len(args.phase_ends)} phases are trained; finish the run"
+            )
+        experts = dict(zip(args.phase_ends, networks, strict=True))
+        return lambda rng, cond: script.rollout(experts, rng, cond, shape, (*levels, 0.0))[0]
+    return lambda rng, cond: script.rollout(networks[0], rng, cond, shape, *([levels] if levels else []))
+
+
 @torch.no_grad()
 def main(args):
     loaded = [load_run(folder) for folder in args.runs]
     labels, seen = [], {}
     for folder, (script, run_args, checkpoint) in zip(args.runs, loaded, strict=True):
         labels.append(label(script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]))
+        labels[-1] += ", not averaged" if folder.endswith(":raw") else ""
         other = seen.setdefault((labels[-1], run_args.seed), folder)
         if other != folder:
             raise common.Fatal(f"{folder} and {other} are the same run twice (seed {run_args.seed}): name one of them")
@@ -148,19 +190,22 @@ def main(args):
     count = len(tiny.CAPTIONS) * args.seeds
 
     def sample(sampler, seed):
-        """Clips [p, s, 3, f, h, w] of sampler(rng, cond), all captions."""
+        """Latents [p * s, c, f, h, w] of sampler(rng, cond), all captions."""
         parts = []
         for first in range(0, count, 48):
             numbers = range(first, min(first + 48, count))
             rng = common.Draws(seed, "evidence", numbers, device)
-            latents = sampler(rng, captions.cond_of([n // args.seeds for n in numbers]))
-            parts.append(spec.family.decode(vae, latents).cpu())
-        return rearrange(torch.cat(parts), "(p s) c f h w -> p s c f h w", s=args.seeds)
+            parts.append(sampler(rng, captions.cond_of([n // args.seeds for n in numbers])))
+        return torch.cat(parts)
 
-    rows, shown = defaultdict(list), {}
+    rows, shown, taught = defaultdict(list), {}, None
 
-    def add(name, clips):
-        rows[name].append(measure(clips, reference))
+    def add(name, latents, clips=None):
+        if clips is None:
+            clips = torch.cat([spec.family.decode(vae, part).cpu() for part in latents.split(48)])
+        clips, latents = (rearrange(x, "(p s) ... -> p s ...", s=args.seeds) for x in (clips, latents))
+        row, own = measure(clips, reference), relations(latents.cpu())
+        rows[name].append(row | dict(zip(("frames", "samples"), map(kl, taught, own))))
         shown.setdefault(name, clips)
         print(f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in rows[name][-1].items())}", flush=True)
 
@@ -169,31 +214,35 @@ def main(args):
             network, rng.normal(spec.latent_shape), cond, null_cond, guidance, first.shift, steps
         )
 
-    def rollout(script, levels):
-        return lambda rng, cond: script.rollout(network, rng, cond, spec.latent_shape, *levels)
-
+    network = spec.load_network(False, device)
+    # relations are compared with the teacher's, of other noise than that of the rows
+    solver = euler(args.teacher_steps[0], first.guidance_scale)
+    parts = [
+        relations(rearrange(sample(solver, 10**6 + i).cpu(), "(p s) ... -> p s ...", s=args.seeds)) for i in range(2)
+    ]
+    taught = [torch.stack(matrices).mean(0) for matrices in zip(*parts)]
     for seed in range(args.repeats):
         numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
         clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
-        add("data", rearrange(clips, "(p s) c f h w -> p s c f h w", s=args.seeds))
-    network = spec.load_network(False, device)
+        add("data", torch.cat([spec.family.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     for steps, guidance in [*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]:
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
-    for name, (run_script, run_args, checkpoint) in zip(labels, loaded, strict=True):
-        common.put_weights(network, checkpoint / "student" / "transformer", torch.float32)
-        levels = [run_args.student_sigmas] if hasattr(run_args, "student_sigmas") else []
-        add(name, sample(rollout(run_script, levels), run_args.seed))
+    for folder, name, (run_script, run_args, checkpoint) in zip(args.runs, labels, loaded, strict=True):
+        raw = folder.endswith(":raw")
+        add(name, sample(sampler(spec, device, run_script, run_args, checkpoint, raw), run_args.seed))
 
-    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
+    table = [["", "seeds", *COLUMNS.values()]]
     for name, figures in rows.items():
-        cells = []
+        table.append([name, str(len(figures))])
         for column in COLUMNS:
             values = torch.tensor([row[column] for row in figures])
             spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3g}{spread}")
-        lines.append(f"| {name} | {len(figures)} | " + " | ".join(cells) + " |")
+            table[-1].append(f"{values.mean():.3g}{spread}")
+    table = [list(column) for column in zip(*table)] if args.transpose else table
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in (0, 4, 11) for name, clips in shown.items()]

@@ -1,0 +1,118 @@
+"""Train everything that docs/evidence.md compares, on the tiny teacher, then write its tables.
+
+    python tools/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
+    python tools/evidence_runs.py --only dmd2 dfd --seeds 0    # some rows, one seed
+    python tools/evidence_runs.py --list                       # the commands, without running them
+
+Every run is one thread and writes to its own folder, runs/evidence/<name>/. A run that has its last checkpoint is not
+trained again; one that was interrupted starts anew.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+DFD = 50  # steps of a DFD run
+# name: (script, flags, name of the run to start from); a row of the table each
+RUNS = {
+    "dmd": ("dmd.py", "--steps 500", None),
+    "dmd2_gan": ("dmd2.py", "--steps 500", None),
+    "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
+    "dmd2_on": ("dfd.py", f"--steps {DFD} --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
+    "finetune": ("tools/finetune.py", f"--steps {DFD}", "dmd2"),
+    "dfd": ("dfd.py", f"--steps {DFD}", "dmd2"),
+    "dfd_p.25": ("dfd.py", f"--steps {DFD} --data-prob .25", "dmd2"),
+    "dfd_p1": ("dfd.py", f"--steps {DFD} --data-prob 1", "dmd2"),
+    "dfd_simulate": ("dfd.py", f"--steps {DFD} --student-input simulate", "dmd2"),
+    "dfd_simulate_p.25": ("dfd.py", f"--steps {DFD} --student-input simulate --data-prob .25", "dmd2"),
+    "dfd_simulate_p1": ("dfd.py", f"--steps {DFD} --student-input simulate --data-prob 1", "dmd2"),
+    "dfd_x10": ("dfd.py", f"--steps {10 * DFD}", "dmd2"),
+    "dfd_x30": ("dfd.py", f"--steps {30 * DFD}", "dmd2"),
+    "codmd": ("codmd.py", "--steps 500", None),
+    "codmd_w1": ("codmd.py", "--steps 500 --relation-weight 1", None),
+    "codmd_samples": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1", None),
+    "codmd_samples_w1": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1 --relation-weight 1", None),
+    "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
+    "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
+    "phased": ("phased_dmd.py", "--steps 500", None),
+    "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
+    "phased_naive": ("phased_dmd.py", "--steps 500 --naive-target", None),
+    "phased_disjoint": ("phased_dmd.py", "--steps 500 --disjoint-times", None),
+}
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = tuple(RUNS)
+    """Names of the runs, see RUNS; those that they start from are trained too."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds."""
+    jobs: int = 1
+    """Runs at a time, one thread each."""
+    runs_dir: Path = Path("runs/evidence")
+    """Where runs, table and sheet are written."""
+    list: bool = False
+    """Print the commands and stop."""
+
+
+def finished(runs_dir, name, seed):
+    """The run folder, if its last checkpoint is there."""
+    script, flags, _ = RUNS[name]
+    words = flags.split()
+    last = f"checkpoints/step_{int(words[words.index('--steps') + 1]):07d}/checkpoint.json"
+    found = sorted((runs_dir / name).glob(f"{Path(script).stem}__tiny__{seed}__*/{last}"))
+    return found[-1].parents[2] if found else None
+
+
+def command(runs_dir, name, seed):
+    script, flags, parent = RUNS[name]
+    init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
+    quiet = ["--preview-every", "0", "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
+    return [script, *flags.split(), *init, "--seed", str(seed), *quiet]
+
+
+def train(runs_dir, name, seed):
+    folder = runs_dir / name
+    if finished(runs_dir, name, seed):
+        return
+    for leftover in folder.glob(f"*__tiny__{seed}__*"):
+        shutil.rmtree(leftover)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{seed}.log", "w") as log:
+        words = [sys.executable, *command(runs_dir, name, seed)]
+        code = subprocess.call(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/{seed}.log'}", flush=True)
+
+
+def main(args):
+    unknown = [name for name in args.only if name not in RUNS]
+    if unknown:
+        print(f"error: unknown run {unknown[0]!r}; known: {', '.join(RUNS)}", file=sys.stderr)
+        sys.exit(2)
+    runs_dir = args.runs_dir.resolve()
+    names = [name for name in RUNS if name in args.only or name in {RUNS[other][2] for other in args.only}]
+    if args.list:
+        for name in names:
+            for seed in args.seeds:
+                print(" ".join(["python", *command(runs_dir, name, seed)]))
+        return
+    for rank in (False, True):  # those that start from others come second
+        jobs = [(name, seed) for seed in args.seeds for name in names if bool(RUNS[name][2]) == rank]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda job: train(runs_dir, *job), jobs))
+    missing = [(name, seed) for name in names for seed in args.seeds if not finished(runs_dir, name, seed)]
+    if missing:
+        sys.exit(1)
+    folders = [str(finished(runs_dir, name, seed)) for name in names for seed in args.seeds]
+    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
