@@ -5,7 +5,7 @@ difference pulls towards data (eq. 5 and 8). One line in `main`. It restores wha
 long, it loses diversity (docs/dfd.md derives why).
 
     python dfd.py --init runs/dmd2__tiny__0__…             # the tiny teacher, minutes on two CPU cores
-    torchrun --nproc_per_node=8 dfd.py --teacher wan2.1-1.3b --data clips/ --init runs/dmd2__wan2.1-1.3b__0__…
+    torchrun --nproc_per_node=8 dfd.py --teacher wan2.1-1.3b --data shards/ --init runs/dmd2__wan2.1-1.3b__0__…
 
 Notes, healthy curves and results: docs/dfd.md. A diff of dmd2.py: docs/diffs/dmd2-dfd.md.
 """

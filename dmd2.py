@@ -5,7 +5,7 @@ its features, which sees real videos, can correct the teacher; and the student t
 it made itself.
 
     python dmd2.py                                         # the tiny teacher, minutes on two CPU cores
-    torchrun --nproc_per_node=8 dmd2.py --teacher wan2.1-1.3b --data clips/
+    torchrun --nproc_per_node=8 dmd2.py --teacher wan2.1-1.3b --data shards/
 
 Notes, healthy curves and results: docs/dmd2.md. A diff of dmd.py: docs/diffs/dmd-dmd2.md.
 """

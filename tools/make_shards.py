@@ -1,0 +1,122 @@
+"""Encode a folder of captioned videos into the latent shards that --data reads. Once, before training.
+
+    torchrun --nproc_per_node=8 tools/make_shards.py clips/ shards/ --teacher wan2.1-1.3b
+    torchrun --nproc_per_node=8 dmd2.py --data shards/ --teacher wan2.1-1.3b
+
+Beside every video (mp4, mov, webm, mkv) lies its caption, UTF-8, in a .txt of the same name. A clip is the first frames
+of a video at the teacher's frame rate (nearest in time), scaled to cover height x width and cropped in the middle,
+encoded to the posterior's mode. Run it again after an interruption: it goes on.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_shards.py` finds common
+
+import common  # noqa: E402
+
+SUFFIXES = {".mp4", ".mov", ".webm", ".mkv"}
+
+
+@dataclass
+class Args:
+    clips: tyro.conf.Positional[Path]
+    """Folder of videos with captions beside them; looked through with its subfolders."""
+    out: tyro.conf.Positional[Path]
+    """Folder for the shards."""
+    teacher: str = "wan2.1-1.3b"
+    """Whose VAE and text encoder: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
+    frames: int = 81
+    """Frames of a clip; a shorter video is an error."""
+    height: int = 480
+    """Height in pixels."""
+    width: int = 832
+    """Width in pixels."""
+    shard: int = 64
+    """Clips in a shard."""
+
+
+def read_clip(path, frames, height, width, fps):
+    """The first frames of a video at `fps`, [3, f, h, w] in [0, 1], scaled to cover and cropped in the middle."""
+    picked, last = [], None
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                first = frame.time if last is None else first
+                # the frame before is the nearest to every time up to half-way
+                while last and len(picked) < frames and len(picked) / fps < (last.time + frame.time) / 2 - first:
+                    picked.append(last.to_ndarray(format="rgb24"))
+                last = frame
+                if len(picked) == frames:
+                    break
+            while last and len(picked) < frames and (len(picked) - 0.5) / fps <= last.time - first:
+                picked.append(last.to_ndarray(format="rgb24"))
+    except (OSError, av.error.FFmpegError, IndexError) as error:
+        raise common.Fatal(f"cannot read {path}: {error}") from None
+    if len(picked) < frames:
+        raise common.Fatal(
+            f"{path} has {len(picked)} of {frames} frames at {fps} a second: leave it out, or lower --frames"
+        )
+    video = rearrange(torch.stack([torch.from_numpy(x) for x in picked]).float() / 255, "f h w c -> f c h w")
+    scale = max(height / video.shape[2], width / video.shape[3])
+    size = [max(n, round(scale * old)) for n, old in zip((height, width), video.shape[2:], strict=True)]
+    video = F.interpolate(video, size, mode="bilinear", antialias=True) if size != list(video.shape[2:]) else video
+    top, left = ((n - wanted) // 2 for n, wanted in zip(size, (height, width), strict=True))
+    return rearrange(video[:, :, top : top + height, left : left + width], "f c h w -> c f h w")
+
+
+def read_caption(path):
+    try:
+        caption = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise common.Fatal(f"{path} has no caption {path.with_suffix('.txt').name} beside it: {error}") from None
+    if not caption:
+        raise common.Fatal(f"{path.with_suffix('.txt')} is empty: write the video's caption into it")
+    return caption
+
+
+def main(args):
+    if not args.clips.is_dir():
+        raise common.Fatal(f"no such folder {args.clips}")
+    paths = sorted(path for path in args.clips.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise common.Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}")
+    if args.shard < 1:
+        raise common.Fatal(f"--shard must be at least 1, got {args.shard}")
+    captions = [read_caption(path) for path in paths]
+    rank, world, device = common.init_distributed()
+    spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
+    key = str(common.hashed([str(path) for path in paths], captions, spec.latent_shape, args.shard, spec.folder))
+    note = args.out / "key.txt"
+    if note.is_file() and note.read_text() != key:
+        raise common.Fatal(f"{args.out} holds shards of other clips or settings: give another folder")
+    common.make_folder(args.out)
+    note.write_text(key)
+    texts = common.encode_text(spec, captions, args.out / "text", device)
+    vae = spec.family.load_vae(spec.folder, device)
+    for first in tqdm(range(rank * args.shard, len(paths), world * args.shard), desc="shards", disable=rank > 0):
+        path, part = args.out / f"{first:08d}.safetensors", range(first, min(first + args.shard, len(paths)))
+        if path.is_file():
+            continue
+        latents = []
+        for i in part:
+            video = read_clip(paths[i], args.frames, args.height, args.width, spec.fps)
+            latents.append(spec.family.encode(vae, video[None]).cpu())
+        rows = [text[: int(text.abs().sum(-1).count_nonzero())].cpu() for text in texts.cond_of(part)["text"]]
+        common.write_shard(path, [captions[i] for i in part], rows, latents=torch.cat(latents))
+    common.dist.barrier()
+    if rank == 0:
+        print(f"{len(paths)} clips in {math.ceil(len(paths) / args.shard)} shards: --data {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
