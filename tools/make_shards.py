@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_shards.py` finds common
 
@@ -47,7 +46,7 @@ class Args:
 
 def read_clip(path, frames, height, width, fps):
     """The first frames of a video at `fps`, [3, f, h, w] in [0, 1], scaled to cover and cropped in the middle."""
-    picked, last = [], None
+    picked, first, last = [], 0.0, None
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
@@ -103,7 +102,7 @@ def main(args):
     note.write_text(key)
     texts = common.encode_text(spec, captions, args.out / "text", device)
     vae = spec.family.load_vae(spec.folder, device)
-    for first in tqdm(range(rank * args.shard, len(paths), world * args.shard), desc="shards", disable=rank > 0):
+    for first in range(rank * args.shard, len(paths), world * args.shard):
         path, part = args.out / f"{first:08d}.safetensors", range(first, min(first + args.shard, len(paths)))
         if path.is_file():
             continue
@@ -113,6 +112,7 @@ def main(args):
             latents.append(spec.family.encode(vae, video[None]).cpu())
         rows = [text[: int(text.abs().sum(-1).count_nonzero())].cpu() for text in texts.cond_of(part)["text"]]
         common.write_shard(path, [captions[i] for i in part], rows, latents=torch.cat(latents))
+        print(f"clips {first} to {part[-1]} of {len(paths)}", flush=True)
     common.dist.barrier()
     if rank == 0:
         print(f"{len(paths)} clips in {math.ceil(len(paths) / args.shard)} shards: --data {args.out}")
