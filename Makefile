@@ -1,4 +1,4 @@
-# make demo   train the one-step student on the tiny teacher, write contact sheets and a table
+# make demo   dmd2.py, then dfd.py on the tiny teacher; a contact sheet and a table beside data and teacher
 # make test   format and lint checks, then the tests
 # Both make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.
 PYTHON ?= python3.11
@@ -14,7 +14,10 @@ BIN = .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python dmd.py
+	$(BIN)/python dmd2.py --runs-dir runs/demo --preview-every 0
+	$(BIN)/python dfd.py --runs-dir runs/demo --preview-every 0 --init "$$(ls -td runs/demo/dmd2__tiny__* | head -1)"
+	$(BIN)/python tools/evidence.py "$$(ls -td runs/demo/dmd2__tiny__* | head -1)" \
+		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --seeds 4 --repeats 1 --teacher-steps 50 --transpose --out runs/demo
 
 test: .venv/installed
 	$(BIN)/ruff format --check .

@@ -119,9 +119,10 @@ RECIPES = {
     },
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 1000, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
-        "guidance_scale": 2.0, "shift": 3.0, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
-        "gradient_checkpointing": False, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
+        "steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
+        "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip
 

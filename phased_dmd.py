@@ -128,10 +128,11 @@ RECIPES = {
     "wan2.1-14b": {"discriminator_blocks": (20, 29, 39)},
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 1000, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4, "betas": (0.0, 0.999),
-        "guidance_scale": 2.0, "shift": 3.0, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
+        "steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "phase_ends": (0.75, 0.0), "lora_rank": 0,
-        "gradient_checkpointing": False, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
+        "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip
 

@@ -320,3 +320,27 @@ def test_bad_input_is_one_line(capsys, tmp_path):
             train.main(train.Args(**bad))
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
+    from tiny.train import posterior_mean
+
+    torch.manual_seed(0)
+    clips = torch.randn(5, 12, dtype=torch.float64)
+    x_t, sigma = torch.randn(4, 2, 1, 2, 3, dtype=torch.float64), torch.tensor([0.05, 0.6, 0.9, 1.0]).double()
+    got = posterior_mean(x_t, sigma, clips, clips.square().sum(1)).flatten(1)
+    for x, s, row in zip(x_t.flatten(1), sigma, got, strict=True):
+        likelihood = [math.exp(-((x - (1 - s) * clip).square().sum() / (2 * s**2)).item()) for clip in clips]
+        if sum(likelihood) == 0:  # far from every clip: the nearest is all
+            torch.testing.assert_close(row, clips[(x - (1 - s) * clips).square().sum(1).argmin()])
+        else:
+            weights = torch.tensor(likelihood, dtype=torch.float64) / sum(likelihood)
+            torch.testing.assert_close(row, weights @ clips)
+    torch.testing.assert_close(got[-1], clips.mean(0))  # pure noise tells nothing
+    # over many draws it averages to the clips that were drawn: the same expected target
+    rows = torch.randint(5, (20_000,))
+    x_t = 0.2 * clips[rows] + 0.8 * torch.randn(20_000, 12, dtype=torch.float64)
+    target = posterior_mean(x_t, torch.full((20_000,), 0.8).double(), clips, clips.square().sum(1))
+    wanted, weight = clips[rows], x_t[:, :1].tanh()  # also where x_t is large or small
+    assert ((target - wanted) * weight).mean(0).abs().max() < 0.03
+    assert (target - wanted).square().mean() < wanted.square().mean()
