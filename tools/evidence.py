@@ -26,6 +26,7 @@ import dmd2  # noqa: E402
 from tiny import data as tiny  # noqa: E402
 from tools import metrics  # noqa: E402
 
+SCRIPTS = ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "finetune")
 # flags that say where and how long to look, not what was trained
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "dry_run", "gpus", "from_scratch"}
 ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
@@ -116,16 +117,19 @@ def measure(clips, reference):
 
 
 def load_run(folder):
-    """(script module, its Args, newest checkpoint) of a run folder, with or without :raw."""
-    folder = Path(str(folder).removesuffix(":raw"))
-    name, checkpoint = folder.name.split("__")[0], common.latest_checkpoint(folder)
-    if checkpoint is None or not (folder / "args.json").is_file():
+    """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
+    folder = Path(str(folder).removesuffix(":raw")).absolute()
+    checkpoint = folder if (folder / "checkpoint.json").is_file() else common.latest_checkpoint(folder)
+    run = folder.parent.parent if checkpoint == folder else folder
+    name = run.name.split("__")[0]
+    if checkpoint is None or not (run / "args.json").is_file() or name not in SCRIPTS:
         raise common.Fatal(f"{folder} is not a run with a checkpoint")
-    record = common.read_json(folder / "args.json")
+    record = common.read_json(run / "args.json")
     script = importlib.import_module("tools.finetune" if name == "finetune" else name)
-    args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
-    if common.recipe_name(args.teacher) != "tiny":
-        raise common.Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
+    try:
+        args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    except TypeError as error:
+        raise common.Fatal(f"{run / 'args.json'} does not fit today's {name}.py: {error}") from None
     return script, args, checkpoint
 
 
@@ -172,6 +176,9 @@ def sampler(spec, device, script, args, checkpoint, raw):
 @torch.no_grad()
 def main(args):
     loaded = [load_run(folder) for folder in args.runs]
+    for folder, (_, run_args, _) in zip(args.runs, loaded, strict=True):
+        if common.recipe_name(run_args.teacher) != "tiny":
+            raise common.Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
     labels, seen = [], {}
     for folder, (script, run_args, checkpoint) in zip(args.runs, loaded, strict=True):
         labels.append(label(script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]))

@@ -118,6 +118,44 @@ def motion(clips):
     return {"frame_difference": difference, "temporal_flickering": 1 - flicker / 255}
 
 
+def smoothness(clips):
+    """1 - mean |I_t - (I_t-1 + I_t+1) / 2|: 1 where every frame lies halfway between its neighbours.
+
+    clips [..., 3, f, h, w] in [0, 1] -> float in [0, 1]; 1 for fewer than three frames. VBench's motion_smoothness asks
+    a frame interpolation network for the middle frame; here it is the average, so fast motion counts as rough too.
+    """
+    clips = rearrange(clips, "... c f h w -> (...) c f h w").float()
+    if clips.shape[2] < 3:
+        return 1.0
+    apart = [(c[:, 1:-1] - (c[:, :-2] + c[:, 2:]) / 2).abs().mean(dtype=torch.float64).item() for c in clips]
+    return 1 - sum(apart) / len(apart)
+
+
+def optical_flow(clips, fps):
+    """Length of Farnebäck's optical flow at its fastest 5 % of pixels, averaged over pairs of frames and clips.
+
+    clips [..., 3, f, h, w] in [0, 1] at `fps` frames a second -> float >= 0; 0 for images. In VBench's units for
+    dynamic_degree, which takes RAFT's flow: pairs of frames 1/8 s apart, pixels of a frame whose shorter side is 256;
+    VBench calls a clip dynamic when about a quarter of its pairs exceed 6. Frames larger than that are shrunk first.
+    """
+    import cv2  # here, so that training needs no OpenCV
+
+    clips = rearrange(clips, "... c f h w -> (...) c f h w")[:, :, :: max(1, round(fps / 8))]
+    f, h, w = clips.shape[2:]
+    scale = 256 / min(h, w)
+    total = 0.0
+    for clip in clips if f > 1 else []:
+        frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in to_uint8(clip)]
+        if scale < 1:
+            frames = [cv2.resize(x, (round(w * scale), round(h * scale)), interpolation=cv2.INTER_AREA) for x in frames]
+        for before, after in zip(frames, frames[1:], strict=False):
+            flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+            speed = torch.from_numpy(flow).norm(dim=-1).flatten()
+            fastest = speed.topk(max(1, int(0.05 * len(speed)))).values.mean().item()
+            total += fastest * max(scale, 1) / (len(clips) * (f - 1))
+    return total
+
+
 def preview_metrics(clips_by_prompt):
     """What a preview logs: s seeds of p prompts [p, s, 3, f, h, w] in [0, 1] -> dict of floats, means over prompts."""
     colours = saturation(clips_by_prompt)
@@ -180,6 +218,25 @@ def write_mp4(path, video, fps):
             count = sum(1 for _ in container.decode(video=0))
         if count != f:
             raise RuntimeError(f"{path}: {count} of {f} frames were written")
+
+
+def read_mp4(path):
+    """The frames of a video file as [3, f, h, w] in [0, 1]; ValueError if there are none.
+
+    By OpenCV, as VBench reads it for temporal_flickering: decoders differ in how they upsample chroma.
+    """
+    import cv2
+
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while True:
+        found, frame = capture.read()
+        if not found:
+            break
+        frames.append(torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+    capture.release()
+    if not frames:
+        raise ValueError(f"no frames in {path}")
+    return rearrange(torch.stack(frames), "f h w c -> c f h w").float() / 255
 
 
 def contact_sheet(path, rows, frames=4, scale=None):
