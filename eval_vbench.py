@@ -237,7 +237,8 @@ def configuration(args, script, run_args, checkpoint, spec, device, items):
         "text_encoder": contents_id(spec.folder / "text_encoder", contents=False),
         "vae": contents_id(spec.folder / "vae"), "sigmas": sigmas, "nfe": evaluations,
         "frames": run_args.frames, "height": run_args.height, "width": run_args.width, "fps": spec.fps,
-        "video": "libx264 crf 12 yuv420p", "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size,
+        "video": {"codec": "libx264", **metrics.h264_options(run_args.height, run_args.width)},
+        "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size,
         "device": device.type,
         "prompts": vbench.short_hash([(item["entry"], item["prompt"], item["fed"]) for item in items]),
     }  # fmt: skip
@@ -320,7 +321,8 @@ def generate(args):
         sample = evidence.sampler(spec, device, script, run_args, checkpoint, args.checkpoint.endswith(":raw"))
     vae, row_of = spec.family.load_vae(spec.folder, device), {item["entry"]: row for row, item in enumerate(items)}
 
-    for i in tqdm(range(int(rounds)), desc="generate", disable=rank > 0):
+    bar = tqdm(range(int(rounds)), desc="generate", disable=rank > 0)
+    for i in bar:
         # sharded networks run in step on all ranks: who has nothing left makes a chunk again and drops it
         item, chunk = mine[i] if i < len(mine) else chunks[0]
         seeds = [args.seed + 100_000 * item["entry"] + j for j in chunk]
@@ -331,6 +333,7 @@ def generate(args):
             try:
                 metrics.write_mp4(args.out / "videos" / file, video, spec.fps)
             except (OSError, ValueError, RuntimeError) as error:
+                bar.close()
                 raise common.Fatal(f"cannot write {file!r} (entry {item['entry']}): {error}", code=1) from None
             book.append({
                 "file": file, "entry": item["entry"], "sample": j, "prompt": item["prompt"], "fed": item["fed"],
@@ -423,7 +426,8 @@ def own_metrics(args, record, items, found):
     dist.barrier()
     rows = book.rows()
     dist.barrier()
-    for item in tqdm(items[rank::world], desc="metrics", disable=rank > 0):
+    bar = tqdm(items[rank::world], desc="metrics", disable=rank > 0)
+    for item in bar:
         files = {file: found[file] for file in item["files"] if file in found}
         old = rows.get(item["prompt"], {"files": None, "values": {}})
         wanted = f"diversity_{args.features}"
@@ -432,6 +436,7 @@ def own_metrics(args, record, items, found):
         clips = [metrics.read_mp4(args.out / "videos" / file) for file in files]
         for file, clip in zip(files, clips):
             if clip.shape[1] != record["config"]["frames"]:
+                bar.close()
                 whole = record["config"]["frames"]
                 raise common.Fatal(
                     f"{file!r} has {clip.shape[1]} of {whole} frames: delete it and generate it again", 1
@@ -461,9 +466,11 @@ def score(args):
     if rank:
         return []
     folder, python = args.out / "scores", vbench_python(args)
-    environment, why = vbench.probe(python) if python else (None, "VBench is not installed: make vbench-env")
+    environment, why = None, "VBench is not installed: make vbench-env"
     if not record["vbench_list"]:
         why = "the prompts are not VBench's list"
+    elif python:
+        environment, why = vbench.probe(python)
     if not why:
         text, source = vbench.find_info(args.vbench_info, python)
         if text is None or vbench.entries_id(vbench.read_entries(text, source)) != record["vbench_list"]:
@@ -524,13 +531,14 @@ def collect(args, record):
     errors, errors_of_totals = vbench.bootstrap(values) if values else ({}, None)
     for name, error in errors.items():
         dimensions[name]["standard_error"] = error
-    totals = vbench.aggregate({name: row["raw"] for name, row in dimensions.items() if "raw" in row})
+    of_vbench = {name: row["raw"] for name, row in dimensions.items() if row.get("by") == "VBench"}
+    totals = vbench.aggregate(of_vbench)  # nothing of ours is in them
     withheld = next((why for why, so in {
         "the prompts are not VBench's list": not record["vbench_list"],
-        "the list is not that of vbench 0.1.5": record["vbench_list"] != vbench.OFFICIAL,
         "the set is PARTIAL": partial,
+        "the list is not that of vbench 0.1.5": record["vbench_list"] != vbench.OFFICIAL,
         "VBench wants 5 samples of each prompt": record["config"]["samples"] < 5,
-        f"{sum('raw' not in row for row in dimensions.values())} of 16 dimensions are missing": totals is None,
+        f"VBench has not scored {len(dimensions) - len(of_vbench)} of 16 dimensions": totals is None,
     }.items() if so), None)  # fmt: skip
     names = ("Quality", "Semantic", "Total")
     proxies = defaultdict(dict)
@@ -579,8 +587,8 @@ def markdown(results, other):
         f"{results['videos']} of {results['expected']} videos, {named}, {config['samples']} samples a prompt, base "
         f"seed {config['seed']}. {config['script']}, checkpoint {config['checkpoint']}, teacher {config['teacher']}, "
         f"text encoder {config['text_encoder']}, {config['nfe']} network evaluations, {config['frames']} x "
-        f"{config['height']} x {config['width']} at {config['fps']} fps, {config['video']}. Configuration "
-        f"{results['hash']}, revision {results['revision']}.", "",
+        f"{config['height']} x {config['width']} at {config['fps']} fps, libx264 crf {config['video']['crf']}. "
+        f"Configuration {results['hash']}, revision {results['revision']}.", "",
     ]  # fmt: skip
     against = f" {other['config']['role']} |" if other else ""
     lines += [f"| dimension | raw{partial} | normalised | n of expected | by |{against}"]
