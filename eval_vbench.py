@@ -502,16 +502,16 @@ def collect(args, record):
     """results.json as a dict, from the manifest and scores/ of an evaluation."""
     items, found, expected, partial = complete_set(args, record)
     folder, dimensions, values = args.out / "scores", {}, {}
-    book = Ledger(folder, "proxies", "prompt", lambda row: row["entry"])
-    own = {item["prompt"]: row for item in items if (row := book.rows().get(item["prompt"]))}
-    own = {p: row for p, row in own.items() if row["files"] == {f: found[f] for f in row["files"] if f in found}}
+    rows, own = Ledger(folder, "proxies", "prompt", None).rows(), {}
+    for item in items:
+        row = rows.get(item["prompt"])
+        if row and row["files"] == {file: found[file] for file in item["files"] if file in found}:
+            own[item["prompt"]] = row
     flicker = {file: value for row in own.values() for file, value in zip(row["files"], row["flicker"])}
     for name in vbench.DIMENSIONS:
         path, files = folder / f"{name}.json", files_of(name, items, found)
         wanted = len(files_of(name, record["items"], None))
-        scored = (
-            common.read_json(path) if path.is_file() else {"reason": "score has not been run on it", "videos": None}
-        )
+        scored = common.read_json(path) if path.is_file() else {"reason": "score has not been run on it"}
         if "raw" in scored and scored["videos"] != vbench.short_hash([record["hash"], sorted(files.items())]):
             scored = {"reason": "it was scored on other videos: run score again"}
         if "raw" not in scored and name == "temporal_flickering" and files and files.keys() <= flicker.keys():
