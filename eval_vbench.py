@@ -610,7 +610,8 @@ def markdown(results, other):
         rows.append((label, {k: {"value": v} for k, v in given.items() if v is not None}, source))
     for label, totals, source in rows:
         cells = [
-            figure(totals[k], "value", 2) if k in totals else "not published" for k in ("Quality", "Semantic", "Total")
+            figure(totals[k], "value", 2) if k in totals else "not in our notes"
+            for k in ("Quality", "Semantic", "Total")
         ]
         if "withheld" in totals:
             cells = [f"withheld: {totals['withheld']}", "", ""]
