@@ -288,6 +288,7 @@ def generate(args):
     config = [configuration(args, script, run_args, checkpoint, spec, device, items) if rank == 0 else None]
     dist.broadcast_object_list(config)
     config = config[0]
+    compared(args, config)
     record = {
         "hash": vbench.short_hash(config), "config": config, "vbench_list": list_id, "items": items,
         "checkpoint_path": str(checkpoint), "revision": common.git_revision().split("\n")[0],
@@ -581,7 +582,7 @@ def noise_verdict(difference, error):
 def markdown(results, other):
     """results.md. other: results of --compare, or None."""
     config, partial = results["config"], " (PARTIAL)" if results["partial"] else ""
-    named = "not VBench's prompts" if not results["vbench_list"] else "VBench's prompts"
+    named = "VBench's prompts" if results["vbench_list"] else "not VBench's prompts"
     lines = [
         f"# VBench of a {config['role']}{partial}", "",
         f"{results['videos']} of {results['expected']} videos, {named}, {config['samples']} samples a prompt, base "
@@ -625,34 +626,32 @@ def markdown(results, other):
     for name, row in results["proxies"].items():
         cells = [name, figure(row, "value"), f"{row['n']} of {row['expected']}"]
         lines.append(f"| {' | '.join(cells + ([figure(other['proxies'].get(name), 'value')] if other else []))} |")
-    return (
-        "\n".join([*lines, "", "The proxies are ours; no Total contains them. ± is one standard error, by prompt."])
-        + "\n"
-    )
+    lines += ["", "The proxies are ours; no Total contains them. ± is one standard error, by prompt.", ""]
+    return "\n".join(lines)
+
+
+def compared(args, config):
+    """config.json of --compare, None without it; one line if it is of other prompts than this configuration."""
+    known = common.read_json(args.compare / "config.json") if args.compare else None
+    if known and known["config"]["prompts"] != config["prompts"]:
+        raise common.Fatal(f"--compare: {args.compare} is of other prompts")
+    return known
 
 
 def report(args):
     """Write results.json, results.md and contact sheets from what is there. On rank 0 alone."""
-    record, other, folders = common.read_json(args.out / "config.json"), None, {}
-    results = collect(args, record)
-    if args.compare:
-        known = common.read_json(args.compare / "config.json")
-        if known["config"]["prompts"] != record["config"]["prompts"]:
-            raise common.Fatal(f"--compare: {args.compare} is of other prompts")
+    record = common.read_json(args.out / "config.json")
+    known, results, other = compared(args, record["config"]), collect(args, record), None
+    shown = [(record["config"]["role"], args.out / "videos")]
+    if known:
         other = collect(replace(args, out=args.compare), known)
-        folders = {known["config"]["role"]: args.compare / "videos"}
-    folders = {record["config"]["role"]: args.out / "videos"} | folders
-    if other and len(folders) == 1:
-        folders |= {f"{record['config']['role']}, --compare": args.compare / "videos"}
+        shown.append((f"{known['config']['role']} (--compare)", args.compare / "videos"))
     (args.out / "sheets").mkdir(exist_ok=True)
     for item in select(record["items"], args)[: args.sheets]:
-        rows = [
-            (role, [folder / file for file in item["files"][:5] if (folder / file).is_file()])
-            for role, folder in folders.items()
-        ]
-        rows = [
-            (f"{item['prompt']}: {role}", [metrics.read_mp4(path) for path in paths]) for role, paths in rows if paths
-        ]
+        rows = []
+        for label, folder in shown:
+            clips = [metrics.read_mp4(folder / file) for file in item["files"][:5] if (folder / file).is_file()]
+            rows += [(f"{item['prompt']}: {label}", clips)] if clips else []
         if rows:
             metrics.contact_sheet(args.out / "sheets" / f"{item['entry']:04d}.png", rows, frames=8)
     # NaN is no JSON

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import common
 import dmd2
@@ -433,6 +434,24 @@ def test_totals_and_a_teacher_beside(scorer, run, tmp_path, monkeypatch, fails):
     results = results_of(tmp_path / "out")
     assert "exit code 0" in results["dimensions"]["scene"]["reason"] and "raw" in results["dimensions"]["color"]
     assert results["totals"] == {"withheld": "VBench has not scored 1 of 16 dimensions"}
+
+
+def test_the_sheet_shows_both_sides(whole, run, tmp_path, fails):
+    """Also of two students: the clips of this one above those of the other."""
+    flags = {"prompts": str(whole.parent / "prompts.txt")}
+    eval_vbench.main(args(run, tmp_path / "out", **flags, seed=1, compare=whole))
+    one, both = (Image.open(folder / "sheets" / "0000.png") for folder in (whole, tmp_path / "out"))
+    assert both.height > 1.8 * one.height
+    sheet, alone = np.array(both), np.array(one)
+    height, width = alone.shape[0] - 2 * metrics.CLIP_GAP, 500  # the right end of the first row of clips
+    below = sheet[-metrics.CLIP_GAP - height : -metrics.CLIP_GAP, -width:]
+    above = sheet[metrics.CLIP_GAP : metrics.CLIP_GAP + height, -width:]
+    expected = alone[metrics.CLIP_GAP : -metrics.CLIP_GAP, -width:]
+    assert (below == expected).all() and not (above == expected).all()
+    (tmp_path / "other.txt").write_text("a red circle\n")
+    other = args(run, tmp_path / "x", prompts=str(tmp_path / "other.txt"), compare=whole)
+    fails(lambda: eval_vbench.main(other), "is of other prompts")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_partial_set(scorer, run, tmp_path, monkeypatch, fails):
