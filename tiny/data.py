@@ -27,9 +27,9 @@ CAPTIONS = [f"a {color} {kind}" for color in COLORS for kind in KINDS]
 # ranges of the free factors, each uniform; the direction is uniform on the circle
 RANGES = {
     "speed": (0.5, 1.5),
-    "size": (4.0, 6.5),
-    "brightness": (0.5, 0.9),
-    "saturation": (0.55, 0.95),
+    "size": (4.5, 6.5),
+    "brightness": (0.6, 0.9),
+    "saturation": (0.65, 0.95),
     "background": (0.1, 0.4),
 }
 

@@ -1,6 +1,6 @@
 """Train the tiny teacher: a Wan-shaped text-to-video model of the world in tiny/data.py, small enough for a laptop.
 
-    python tiny/train.py                   # vae, teacher, report: about two hours on two cores, no GPU
+    python tiny/train.py                   # vae, teacher, report: hours on two cores (see tiny/README.md), no GPU
     python tiny/train.py --stage report    # only the table and the contact sheet of the weights in tiny/teacher
 
 It writes a folder that stock diffusers loads, `WanPipeline.from_pretrained("tiny/teacher")`. Every stage is
@@ -69,7 +69,7 @@ class Args:
     """Weight of the mean KL per latent value against the mean absolute error per pixel."""
     clips: int = 16384
     """Clips that the teacher trains on, encoded once."""
-    steps: int = 18000
+    steps: int = 30000
     """Teacher updates."""
     batch: int = 32
     """Clips per teacher update."""
@@ -426,8 +426,25 @@ def save_teacher(args, transformer, text_encoder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def posterior_mean(x_t, sigma, clips, squares):
+    """E[x0 | x_t], were x0 one of `clips` [n, d] with equal chances. x_t: [b, ...], sigma: [b], squares: |clips|^2 [n].
+
+    As a target in place of the one clip that x_t was made of it has the same mean, so the same gradient in expectation,
+    without the noise that the choice of the clip is: at high noise most of the target (Xu et al. 2023, arXiv
+    2302.00670, with all clips as the reference batch). At low noise it is the clip itself.
+    """
+    signal = 1 - sigma[:, None]
+    logits = (signal * (x_t.flatten(1) @ clips.T) - signal**2 * squares / 2) / sigma[:, None] ** 2
+    return (torch.softmax(logits, dim=1) @ clips).view_as(x_t)
+
+
 def train_teacher(args):
     latents, labels = cached_latents(args)
+    order = labels.argsort(stable=True)
+    latents, labels = latents[order].float(), labels[order]
+    squares = latents.flatten(1).square().sum(1)
+    counts = torch.bincount(labels, minlength=len(data.CAPTIONS)).tolist()
+    members = list(zip(latents.flatten(1).split(counts), squares.split(counts), strict=True))  # of each caption
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     tokens = tokenizer([*data.CAPTIONS, ""], padding=True, return_tensors="pt")
@@ -451,7 +468,7 @@ def train_teacher(args):
     for step in range(start, args.steps):
         g = generator(args.seed, step, 1)
         rows = torch.randint(len(latents), (args.batch,), generator=g)
-        x0 = latents[rows].float()
+        x0 = latents[rows]
         # noise levels: logit-normal, one in four uniform so that the ends are trained too; stratified over the batch
         u = (torch.arange(args.batch) + torch.rand(args.batch, generator=g)) / args.batch
         uniform = (torch.arange(args.batch) + torch.randint(4, (1,), generator=g)) % 4 == 0
@@ -462,14 +479,18 @@ def train_teacher(args):
         x_t = (1 - s) * x0 + s * noise
 
         drop = torch.rand(args.batch, generator=g) < args.dropout
-        text = text_table(text_encoder, tokens)[torch.where(drop, len(data.CAPTIONS), labels[rows])]
+        shown = torch.where(drop, len(data.CAPTIONS), labels[rows])
+        for label, clips in enumerate(members):
+            same = (shown == label) & (sigma > 0.8)  # below, only the clip itself counts
+            x0[same] = posterior_mean(x_t[same], sigma[same], *clips)
+        text = text_table(text_encoder, tokens)[shown]
         stock = torch.rand(args.batch, generator=g) < 1 / 8
         pads = torch.where(stock, STOCK_TEXT_LENGTH, TEXT_LENGTH) - (text.shape[1] - 1)
         padded.bias = torch.zeros(args.batch, 1, 1, text.shape[1])
         padded.bias[..., -1] = torch.log(pads)[:, None, None]
 
         v = velocity(x_t, 1000 * sigma, text, return_dict=False)[0]
-        loss = F.mse_loss(v, noise - x0)
+        loss = F.mse_loss(v, (x_t - x0) / s)
         for group in optimizer.param_groups:
             group["lr"] = trapezoid_lr(step, args.steps, args.lr, warmup=300)
         optimizer.zero_grad()
