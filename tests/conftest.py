@@ -1,6 +1,7 @@
 """Short real runs on the tiny teacher, in this process or under torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,20 @@ def popen(processes=1, script=dmd, **flags):
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def stopped(monkeypatch, step, run):
+    """Calls `run`, and SIGTERM seems to reach it after `step` steps."""
+    asked = []
+
+    def stop_signal(_):
+        asked.append(None)
+        return signal.SIGTERM * (len(asked) == step + 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "stop_signal", stop_signal)
+        with pytest.raises(SystemExit):
+            run()
 
 
 def only_run(runs_dir, script=dmd):

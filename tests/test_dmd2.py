@@ -10,7 +10,7 @@ from torch import nn
 import common
 import dmd
 import dmd2
-from tests.conftest import distance, only_run, popen, same, small_args, student_weights
+from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, draws
 
 SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
@@ -194,10 +194,12 @@ def test_bad_flags(tmp_path, fails, flags, words):
     assert not list(tmp_path.glob("dmd2__*"))
 
 
-def test_resume_is_exact(tmp_path):
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "unbroken", steps=7, student_every=2))
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "broken", steps=4, student_every=2))
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "broken", steps=7, student_every=2, resume="latest"))
+def test_resume_is_exact(tmp_path, monkeypatch):
+    flags = {"steps": 7, "student_every": 2, "anneal_lr": True}
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "unbroken", **flags))
+    broken = small_args(dmd2, runs_dir=tmp_path / "broken", **flags)
+    stopped(monkeypatch, 4, lambda: dmd2.main(broken))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "broken", resume="latest", **flags))
     weights = [student_weights(tmp_path / name, 7, dmd2) for name in ("unbroken", "broken")]
     assert same(*weights)
 

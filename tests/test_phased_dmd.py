@@ -12,7 +12,7 @@ from torch import nn
 import common
 import dmd2
 import phased_dmd
-from tests.conftest import distance, only_run, popen, same, small_args, student_weights
+from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
 
 SHAPE = (1, 1, 1, 1)
@@ -222,16 +222,8 @@ def test_resume_is_exact_and_trains_no_finished_phase_again(tmp_path, monkeypatc
     """Stopped in the first phase, at its end, and in the second."""
     flags = {"steps": 8, "student_every": 2, "lora_rank": lora_rank, "lr": 1e-3, "save_every": 4, "anneal_lr": True}
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "unbroken", **flags))
-    asked = []
-
-    def stop_signal(run):
-        asked.append(run)
-        return 15 * (len(asked) == stop + 1)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "stop_signal", stop_signal)
-        with pytest.raises(SystemExit):
-            phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "broken", **flags))
+    broken = small_args(phased_dmd, runs_dir=tmp_path / "broken", **flags)
+    stopped(monkeypatch, stop, lambda: phased_dmd.main(broken))
     assert len(experts(tmp_path / "broken", stop)) == 1 + (stop > 4)
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "broken", resume="latest", **flags))
     for a, b in zip(experts(tmp_path / "unbroken", 8), experts(tmp_path / "broken", 8), strict=True):
