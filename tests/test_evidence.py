@@ -1,4 +1,4 @@
-"""tools/evidence.py and tools/finetune.py: the figures of clips that are known, and a whole small table."""
+"""tools/evidence.py and its controls: the figures of clips that are known, and a whole small table."""
 
 import math
 
@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 import dfd
 import dmd2
 from tests.conftest import same, small_args
+from tests.exact import COND, ScaleShift, draws
 from tiny import data as tiny
-from tools import evidence, finetune
+from tools import evidence, finetune, vanilla
 
 
 def clips_of(seed, seeds=8):
@@ -90,3 +91,35 @@ def test_the_same_run_twice(tmp_path, fails):
 
 def test_a_folder_that_is_no_run(tmp_path, fails):
     fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "not a run with a checkpoint")
+
+
+def test_vanilla_gives_the_gradient_of_all_steps(monkeypatch):
+    """A student whose velocity is (1 - theta) x_t predicts a(sigma) x_t, a = 1 - sigma + sigma theta. In two steps that
+    is a(.6) * (.6 noise_2 + .4 a(1) noise_1); dmd2.rollout leaves out the derivative of a(1)."""
+    student, shape = ScaleShift(0.7, 0.0), (1, 1, 1, 1)
+    rng = draws("student", 64)
+    first, second = rng.normal(shape), rng.normal(shape)
+    x_t = 0.6 * second + 0.4 * 0.7 * first
+    for rollout, through in ((dmd2.rollout, 0), (vanilla.rollout, 1)):
+        x0 = rollout(student, draws("student", 64), COND, shape, (1.0, 0.6))
+        assert torch.allclose(x0, 0.82 * x_t)
+        (grad,) = torch.autograd.grad(x0.sum(), student.theta)
+        assert grad.item() == pytest.approx((0.6 * x_t + through * 0.82 * 0.4 * first).sum().item(), rel=1e-4)
+
+
+def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(dmd2, "rollout", dmd2.rollout)  # put back at the end, as is __file__
+    monkeypatch.setattr(dmd2, "__file__", dmd2.__file__)
+    taken, original = [], vanilla.rollout
+    monkeypatch.setattr(vanilla, "rollout", lambda *args: taken.append(args[-1]) or original(*args))
+    vanilla.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
+    assert set(taken) == {dmd2.RECIPES["tiny"]["student_sigmas"]} and len(taken) == 3  # one student step, two others
+    (run,) = tmp_path.glob("vanilla__*")
+    assert (run / "vanilla.py").is_file() and evidence.label(*_script_args_step(run)).startswith("vanilla.py, 2 steps")
+    fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
+    fails(lambda: vanilla.main(small_args(dmd2, dry_run=True)), "use it there")
+
+
+def _script_args_step(run):
+    script, args, _ = evidence.load_run(run)
+    return script, args, 2
