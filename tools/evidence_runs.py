@@ -41,6 +41,7 @@ RUNS = {
     "codmd_samples_w1": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1 --relation-weight 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
+    "codmd_grid_w1": ("codmd.py", "--steps 500 --relation-weight 1 --frame-grid 4", None),
     "vanilla": ("tools/vanilla.py", "--steps 500 --gan-weight 0", None),
     "phased": ("phased_dmd.py", "--steps 500", None),
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
