@@ -59,7 +59,9 @@ class Args:
     jobs: int = 1
     """Runs at a time, one thread each."""
     runs_dir: Path = Path("runs/evidence")
-    """Where runs, table and sheet are written."""
+    """Where the runs are written."""
+    out: Path | None = None
+    """Where table and sheet are written; --runs-dir if not given."""
     list: bool = False
     """Print the commands and stop."""
 
@@ -112,8 +114,13 @@ def main(args):
     missing = [(name, seed) for name in names for seed in args.seeds if not finished(runs_dir, name, seed)]
     if missing:
         sys.exit(1)
-    folders = [str(finished(runs_dir, name, seed)) for name in names for seed in args.seeds]
-    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
+    folders = []
+    for name in names:
+        own = [str(finished(runs_dir, name, seed)) for seed in args.seeds]
+        # the student itself too, where others start from it: dfd.py keeps no average
+        folders += own + ([f"{folder}:raw" for folder in own] if name == "dmd2" else [])
+    out = str((args.out or runs_dir).resolve())
+    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", out], cwd=ROOT))
 
 
 if __name__ == "__main__":
