@@ -108,9 +108,10 @@ RECIPES = {
     "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6, "grad_accum": 4},  # CoDMD's 14B config
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
-        "steps": 200, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "betas": (0.0, 0.999),
-        "guidance_scale": 2.0, "shift": 3.0, "num_pairs": 256, "pair_steps": 12, "gradient_checkpointing": False,
-        "save_every": 50, "preview_every": 100, "preview_prompts": 12,
+        "steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "num_pairs": 512, "pair_steps": 12,
+        "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip
 
