@@ -15,7 +15,7 @@ BIN = .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python dmd2.py --steps 300 --gan-weight 0 --runs-dir runs/demo --preview-every 0
+	$(BIN)/python dmd2.py --steps 200 --gan-weight 0 --ema-decay 0 --runs-dir runs/demo --preview-every 0
 	$(BIN)/python dfd.py --runs-dir runs/demo --preview-every 0 --init "$$(ls -td runs/demo/dmd2__tiny__* | head -1)"
 	$(BIN)/python tools/evidence.py "$$(ls -td runs/demo/dmd2__tiny__* | head -1)" \
 		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --seeds 4 --repeats 1 --teacher-steps 25 --transpose --out runs/demo
