@@ -83,8 +83,6 @@ class Args:
     """Part of the relations between the samples of a micro-batch, over all ranks (released configs: 0; for 14B 1)."""
     frame_relation: float = 1.0
     """Part of the relations between the frames of each sample (released configs)."""
-    frame_grid: int = 1
-    """A frame's features are its means over this many x this many cells; the paper's, over the whole frame, are 1."""
     relation_temperature: float = 0.1
     """Temperature of the softmax over each row of similarities (tau)."""
     init: str | None = None
@@ -247,11 +245,10 @@ def relation_kl(student, real, fake, temperature):
     return F.kl_div(torch.log_softmax(s / temperature, dim=-1), target, reduction="none").sum(-1).mean()
 
 
-def relation_loss(x0, x0_real, x0_fake, sample_relation, frame_relation, temperature, frame_grid=1):
+def relation_loss(x0, x0_real, x0_fake, sample_relation, frame_relation, temperature):
     """Relations between samples, over all ranks, and between the frames of each. All [b, c, f, h, w]."""
     samples = [common.gather_rows(reduce(x, "b c f h w -> b c", "mean")) for x in (x0, x0_real, x0_fake)]
-    cells = [F.adaptive_avg_pool3d(x, (x.shape[2], frame_grid, frame_grid)) for x in (x0, x0_real, x0_fake)]
-    frames = [rearrange(x, "b c f i j -> b f (c i j)") for x in cells]
+    frames = [reduce(x, "b c f h w -> b f c", "mean") for x in (x0, x0_real, x0_fake)]
     return sample_relation * relation_kl(*samples, temperature) + frame_relation * relation_kl(*frames, temperature)
 
 
@@ -349,7 +346,7 @@ def main(args):
                     grad = dmd_gradient(x0, x0_real, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
-                weights = (args.sample_relation, args.frame_relation, args.relation_temperature, args.frame_grid)
+                weights = (args.sample_relation, args.frame_relation, args.relation_temperature)
                 relation = relation_loss(x0, x0_real, x0_fake, *weights)
                 log["loss/relation"] += relation.detach() / args.grad_accum
                 loss = loss + args.relation_weight * relation

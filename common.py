@@ -73,9 +73,7 @@ WAN_CONFIGS = {
 }
 # lowest, and where there is one highest, value of every script's flags
 RANGES = {
-    **dict.fromkeys(
-        ("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps", "frame_grid"), (1,)
-    ),
+    **dict.fromkeys(("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps"), (1,)),
     **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
     **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
     **dict.fromkeys(("keep", "preview_every", "gpus", "seed", "gan_weight", "discriminator_weight"), (0,)),

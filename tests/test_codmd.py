@@ -12,6 +12,7 @@ import codmd
 import dmd2
 from tests.conftest import ROOT, same, small_args, student_weights
 from tests.gathered import student_gradient
+from tools import codmd_cells
 
 
 def rows(*shape, seed=0):
@@ -81,16 +82,17 @@ def test_frame_relations_are_each_samples_own():
 
 
 def test_cells_of_a_frame_tell_apart_what_its_mean_does_not():
-    """A bright cell that moves: the means of the frames are equal, those of their quarters are orthogonal."""
-    moving = torch.zeros(1, 1, 4, 6, 6)
-    for frame, (top, left) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+    """A bright cell that moves: the means of the frames are equal, those of their cells are orthogonal."""
+    moving = torch.zeros(1, 1, 4, 8, 8)
+    for frame, (top, left) in enumerate([(0, 0), (0, 4), (4, 2), (6, 6)]):
         moving[0, 0, frame, top + 1, left + 1] = 1
-    still = torch.ones(1, 1, 4, 6, 6)
-    loss = {grid: codmd.relation_loss(still, moving, still, 0.0, 1.0, 0.1, grid) for grid in (1, 2)}
+    still = torch.ones(1, 1, 4, 8, 8)
+    whole = codmd.relation_loss(still, moving, still, 0.0, 1.0, 0.1)
+    split = codmd_cells.relation_loss(still, moving, still, 0.0, 1.0, 0.1)
     # teacher's rows: 1 on the diagonal, 0 beside it; the student's: all 1, moved by -(1 - teacher's)
     p = torch.softmax(torch.tensor([1.0, 0, 0, 0]) / 0.1, dim=0)
-    assert loss[1].item() == pytest.approx(0, abs=1e-6)
-    assert loss[2].item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-5)
+    assert whole.item() == pytest.approx(0, abs=1e-6)
+    assert split.item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 4])

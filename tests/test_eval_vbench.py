@@ -569,6 +569,11 @@ def test_optical_flow_is_speed():
     assert metrics.optical_flow(square(3, f=1), 8) == 0
 
 
+def test_make_vbench_env_asks_for_every_dimension():
+    listed = (ROOT / "Makefile").read_text().split("DIMENSIONS = ")[1].split("\n\n")[0]
+    assert listed.replace("\\", " ").split() == list(vbench.DIMENSIONS)
+
+
 def test_smoothness_is_of_the_second_difference():
     ramp = torch.linspace(0, 1, 9).view(1, 9, 1, 1).expand(3, 9, 8, 8)
     assert metrics.smoothness(ramp) == pytest.approx(1, abs=1e-6)  # it moves, evenly

@@ -1,17 +1,21 @@
 """tools/evidence.py and its controls: the figures of clips that are known, and a whole small table."""
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
+import common
 import dfd
 import dmd2
 from tests.conftest import same, small_args
 from tests.exact import COND, ScaleShift, draws
 from tiny import data as tiny
-from tools import evidence, finetune, vanilla
+from tools import evidence, evidence_runs, finetune, vanilla
 
 
 def clips_of(seed, seeds=8):
@@ -93,7 +97,7 @@ def test_a_folder_that_is_no_run(tmp_path, fails):
     fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "not a run with a checkpoint")
 
 
-def test_vanilla_gives_the_gradient_of_all_steps(monkeypatch):
+def test_vanilla_gives_the_gradient_of_all_steps():
     """A student whose velocity is (1 - theta) x_t predicts a(sigma) x_t, a = 1 - sigma + sigma theta. In two steps that
     is a(.6) * (.6 noise_2 + .4 a(1) noise_1); dmd2.rollout leaves out the derivative of a(1)."""
     student, shape = ScaleShift(0.7, 0.0), (1, 1, 1, 1)
@@ -115,11 +119,15 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     vanilla.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
     assert set(taken) == {dmd2.RECIPES["tiny"]["student_sigmas"]} and len(taken) == 3  # one student step, two others
     (run,) = tmp_path.glob("vanilla__*")
-    assert (run / "vanilla.py").is_file() and evidence.label(*_script_args_step(run)).startswith("vanilla.py, 2 steps")
+    script, args, _ = evidence.load_run(run)
+    assert (run / "vanilla.py").is_file() and evidence.label(script, args, 2).startswith("vanilla.py, 2 steps")
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
     fails(lambda: vanilla.main(small_args(dmd2, dry_run=True)), "use it there")
 
 
-def _script_args_step(run):
-    script, args, _ = evidence.load_run(run)
-    return script, args, 2
+def test_every_run_of_the_evidence_is_a_command_of_today():
+    for script, flags, parent in evidence_runs.RUNS.values():
+        name = Path(script).stem
+        module = importlib.import_module(evidence.SCRIPTS[name])
+        args = tyro.cli(module.Args, args=flags.split(), default=common.with_recipe(module.Args, module.RECIPES))
+        common.check_ranges(vars(args) | {"init": parent})

@@ -13,7 +13,7 @@ DECLARED = {
          "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 109, 63,
     ),
     ("dmd2", "codmd"): (
-        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 46, 12,
+        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 43, 12,
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "bridge", "renoise", "sample_sigma", "rollout", "velocity_gradient",

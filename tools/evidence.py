@@ -26,8 +26,9 @@ import dmd2  # noqa: E402
 from tiny import data as tiny  # noqa: E402
 from tools import metrics  # noqa: E402
 
-SCRIPTS = ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "finetune", "vanilla")
-TOOLS = {"finetune": "tools.finetune", "vanilla": "tools.vanilla"}
+# script: its module
+SCRIPTS = {name: name for name in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")}
+SCRIPTS |= {name: f"tools.{name}" for name in ("finetune", "vanilla", "codmd_cells")}
 # flags that say where and how long to look, not what was trained
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "dry_run", "gpus", "from_scratch"}
 ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
@@ -126,7 +127,7 @@ def load_run(folder):
     if checkpoint is None or not (run / "args.json").is_file() or name not in SCRIPTS:
         raise common.Fatal(f"{folder} is not a run with a checkpoint")
     record = common.read_json(run / "args.json")
-    script = importlib.import_module(TOOLS.get(name, name))
+    script = importlib.import_module(SCRIPTS[name])
     try:
         args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
     except TypeError as error:

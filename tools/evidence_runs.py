@@ -41,7 +41,7 @@ RUNS = {
     "codmd_samples_w1": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1 --relation-weight 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
-    "codmd_grid_w1": ("codmd.py", "--steps 500 --relation-weight 1 --frame-grid 4", None),
+    "codmd_cells_w1": ("tools/codmd_cells.py", "--steps 500 --relation-weight 1", None),
     "vanilla": ("tools/vanilla.py", "--steps 500 --gan-weight 0", None),
     "phased": ("phased_dmd.py", "--steps 500", None),
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
@@ -59,9 +59,7 @@ class Args:
     jobs: int = 1
     """Runs at a time, one thread each."""
     runs_dir: Path = Path("runs/evidence")
-    """Where the runs are written."""
-    out: Path | None = None
-    """Where table and sheet are written; --runs-dir if not given."""
+    """Where runs, table and sheet are written."""
     list: bool = False
     """Print the commands and stop."""
 
@@ -119,8 +117,7 @@ def main(args):
         own = [str(finished(runs_dir, name, seed)) for seed in args.seeds]
         # the student itself too, where others start from it: dfd.py keeps no average
         folders += own + ([f"{folder}:raw" for folder in own] if name == "dmd2" else [])
-    out = str((args.out or runs_dir).resolve())
-    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", out], cwd=ROOT))
+    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ OFFICIAL = "d4510378f9b516ba"
 # model, Quality, Semantic, Total in %, source; None where our notes have no figure
 CODMD = "CoDMD's paper, arXiv 2606.21982"
 PUBLISHED = [
-    ("Wan2.1-1.3B teacher", 85.30, 80.09, 84.26, "quoted by Self-Forcing's paper, arXiv 2506.08009"),
+    ("Wan2.1-1.3B teacher", 85.30, 80.09, 84.26, "Self-Forcing's paper, arXiv 2506.08009; from memory, not checked"),
     ("Wan2.1-1.3B teacher", None, None, 82.78, "published; which paper is not in our notes"),
     ("DMD, 4 steps, 1.3B", None, None, 83.38, CODMD),
     ("CoDMD, 4 steps, 1.3B", None, None, 84.46, CODMD),
