@@ -197,7 +197,7 @@ def test_rollout_goes_by_euler_steps_through_the_experts():
 
 
 def test_one_phase_of_one_step_is_dmd2s_update(tmp_path):
-    flags = {"steps": 4, "student_every": 1, "student_sigmas": (1.0,), "gan_weight": 0.0}
+    flags = {"steps": 4, "student_every": 1, "student_sigmas": (1.0,), "gan_weight": 0.0, "ema_decay": 0.99}
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags))
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, phase_ends=(0.0,), **flags))
     a, b = student_weights(tmp_path, 4, dmd2), student_weights(tmp_path, 4, phased_dmd)
@@ -221,6 +221,7 @@ def test_every_phase_trains_its_own_expert(tmp_path):
 def test_resume_is_exact_and_trains_no_finished_phase_again(tmp_path, monkeypatch, stop, lora_rank):
     """Stopped in the first phase, at its end, and in the second."""
     flags = {"steps": 8, "student_every": 2, "lora_rank": lora_rank, "lr": 1e-3, "save_every": 4, "anneal_lr": True}
+    flags |= {"ema_decay": 0.9}
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "unbroken", **flags))
     broken = small_args(phased_dmd, runs_dir=tmp_path / "broken", **flags)
     stopped(monkeypatch, stop, lambda: phased_dmd.main(broken))
@@ -286,7 +287,7 @@ def test_lora_trains_a_few_matrices_and_is_merged_for_export(tmp_path):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_two_ranks_match_one(tmp_path, lora_rank):
-    flags = {"steps": 4, "student_every": 1, "lora_rank": lora_rank, "lr": 1e-3}
+    flags = {"steps": 4, "student_every": 1, "lora_rank": lora_rank, "lr": 1e-3, "ema_decay": 0.9}
     two = popen(2, phased_dmd, runs_dir=tmp_path / "two", batch_size=1, **flags)
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "one", **flags))
     _, err = two.communicate(timeout=300)

@@ -43,13 +43,12 @@ RUNS = {
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
     "codmd_cells_w1": ("tools/codmd_cells.py", "--steps 500 --relation-weight 1", None),
     "vanilla": ("tools/vanilla.py", "--steps 500 --gan-weight 0", None),
-    # without an average: it would hold .99 ** 50 = 60 % of the teacher, and the next phase starts from it
-    "phased": ("phased_dmd.py", "--steps 500 --ema-decay 0", None),
-    "phased_x2": ("phased_dmd.py", "--steps 1000 --ema-decay 0", None),  # as many updates a phase as dmd2.py in all
-    "phased_4": ("phased_dmd.py", "--steps 500 --ema-decay 0 --phase-ends .9 .75 .5 0", None),
-    "phased_4_x2": ("phased_dmd.py", "--steps 1000 --ema-decay 0 --phase-ends .9 .75 .5 0", None),
-    "phased_naive": ("phased_dmd.py", "--steps 500 --ema-decay 0 --naive-target", None),
-    "phased_disjoint": ("phased_dmd.py", "--steps 500 --ema-decay 0 --disjoint-times", None),
+    "phased": ("phased_dmd.py", "--steps 500", None),
+    "phased_x2": ("phased_dmd.py", "--steps 1000", None),  # as many updates a phase as dmd2.py in all
+    "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
+    "phased_4_x2": ("phased_dmd.py", "--steps 1000 --phase-ends .9 .75 .5 0", None),
+    "phased_naive": ("phased_dmd.py", "--steps 500 --naive-target", None),
+    "phased_disjoint": ("phased_dmd.py", "--steps 500 --disjoint-times", None),
 }
 
 
