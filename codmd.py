@@ -101,7 +101,7 @@ class Args:
     keep: int = 3
     """Checkpoints to keep, newest first; 0 keeps all."""
     resume: str | None = None
-    """Continue exactly: "latest", a run folder, or a checkpoint folder. With other processes, keep the global batch."""
+    """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     preview_every: int = 250
     """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
     preview_prompts: int = 4

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import pairwise
@@ -58,6 +59,8 @@ diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 # no script writes in place into a network's output, which is what this warns of
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+# its successor is private and younger than the oldest torch that runs this
+warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
 # ------------------------------------------------------------------------------------------------- model loading
 
@@ -75,7 +78,7 @@ WAN_CONFIGS = {
 RANGES = {
     **dict.fromkeys(("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps"), (1,)),
     **dict.fromkeys(("save_every", "preview_prompts", "preview_seeds", "teacher_steps", "shift"), (1,)),
-    **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight"), (0,)),
+    **dict.fromkeys(("lr", "fake_score_lr", "weight_decay", "regression_weight", "guidance_scale"), (0,)),
     **dict.fromkeys(("keep", "preview_every", "gpus", "seed", "gan_weight", "discriminator_weight"), (0,)),
     **dict.fromkeys(("relation_weight", "sample_relation", "frame_relation", "lora_rank"), (0,)),
     **dict.fromkeys(("relation_temperature", "lora_alpha"), (1e-9,)),
@@ -96,11 +99,21 @@ class Fatal(SystemExit):
 
 
 def parse_args(Args, recipes):
-    """Command line -> Args. A flag beats the teacher's row in `recipes`, which beats the defaults of Args."""
+    """Command line -> Args. A flag beats the teacher's row in `recipes`, which beats the defaults of Args. For
+    --resume, the args of that run stand in for both.
+    """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--teacher", default=Args.teacher)
-    teacher = scan.parse_known_args()[0].teacher
-    return tyro.cli(Args, default=with_recipe(Args, recipes, teacher=teacher))
+    for name in ("teacher", "seed", "runs-dir", "resume"):
+        scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
+    given = {name: value for name, value in vars(scan.parse_known_args()[0]).items() if value is not None}
+    args = with_recipe(Args, recipes, teacher=given.get("teacher", Args.teacher))
+    if "resume" in given:
+        prefix = run_prefix(sys.argv[0], args.teacher, given.get("seed", args.seed))
+        run = find_checkpoint(given.get("runs_dir", args.runs_dir), prefix, given["resume"]).parents[1]
+        before = read_json(run / "args.json") if (run / "args.json").is_file() else {}
+        before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
+        args = replace(args, **{**before, "resume": None, "track": False})
+    return tyro.cli(Args, default=args)
 
 
 def with_recipe(Args, recipes, **flags):
@@ -125,7 +138,7 @@ def check_ranges(args):
     """Raise one line for the first flag that cannot work: out of its range, or missing. args is a dict."""
     for name, (low, *high) in RANGES.items():
         value = args.get(name, low)
-        if not value >= low or (high and not value <= high[0]):  # written so that NaN is out of range too
+        if not math.inf > value >= low or (high and not value <= high[0]):  # so that NaN is out of range too
             bounds = f"between {low} and {high[0]}" if high else f"at least {low}"
             raise Fatal(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
     sigmas = args.get("student_sigmas", (1.0,))
@@ -136,6 +149,8 @@ def check_ranges(args):
         raise Fatal(
             f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {' '.join(map(str, ends))}"
         )
+    if any(end >= 0.98 for end in ends):
+        raise Fatal(f"--phase-ends must be below .98, the highest score time, got {' '.join(map(str, ends))}")
     if args["steps"] % len(ends):
         raise Fatal(f"--steps must be a multiple of the {len(ends)} phases, got {args['steps']}")
     blocks = args.get("discriminator_blocks", (0,))
@@ -143,6 +158,8 @@ def check_ranges(args):
         raise Fatal(f"--discriminator-blocks must be different numbers from 0 up, got {' '.join(map(str, blocks))}")
     if not all(0 <= beta < 1 for beta in args.get("betas", ())):
         raise Fatal(f"--betas must be in [0, 1), got {' '.join(map(str, args['betas']))}")
+    if args.get("init") and not args.get("resume") and not Path(args["init"]).is_dir():
+        raise Fatal(f"--init: no such folder {args['init']}")
     if not (args.get("init") or args.get("from_scratch", True) or args.get("resume") or args.get("dry_run")):
         raise Fatal(
             "--init CHECKPOINT is missing. From the teacher's weights this method is known not to converge; train "
@@ -555,19 +572,38 @@ def check_checkpoint(path):
     return record
 
 
+def run_prefix(script, teacher, seed):
+    """How the names of the runs of a script, teacher and seed begin."""
+    return f"{Path(script).stem}__{Path(teacher).name}__{seed}__"
+
+
+def find_checkpoint(runs_dir, prefix, resume):
+    """The checkpoint folder that --resume means: "latest", a run folder, or a checkpoint folder."""
+    if resume == "latest":
+        found = [c for run in sorted(Path(runs_dir).glob(prefix + "*")) if (c := latest_checkpoint(run))]
+        if not found:
+            raise Fatal(f"--resume latest: no checkpoint in {runs_dir}/{prefix}*; leave --resume out to start")
+        return max(found, key=lambda path: path.stat().st_mtime)
+    path = Path(resume).absolute()
+    if not path.is_dir():
+        raise Fatal(f"--resume: no such folder {resume}")
+    return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+
+
 class Run:
     """Folder, logs and checkpoints of one run: runs/<script>__<teacher>__<seed>__<time>/.
 
     args is the dict that is recorded. resume: None, "latest" (the newest run of the same script, teacher and seed that
-    has a checkpoint), a run folder, or a checkpoint folder. `step` is the first step to do. Making a Run checks all
-    this and writes nothing; `begin` does.
+    has a checkpoint), a run folder, or a checkpoint folder. `step` is the first step to do. Making a Run
+    checks all this and makes no run folder; `begin` does.
     """
 
     def __init__(self, script, args, runs_dir, resume=None, keep=3, track=False):
-        self.rank, self.script, self.args, self.keep, self.track = dist.get_rank(), script, args, keep, track
+        self.rank, self.script, self.keep, self.track = dist.get_rank(), script, keep, track
+        self.args = args = json.loads(json.dumps(args, default=str))
         self.writer, self.wandb, self.bar, self.signal, self.handlers = None, None, None, 0, {}
-        prefix = f"{Path(script).stem}__{Path(args['teacher']).name}__{args['seed']}__"
-        self.checkpoint = self.find(Path(runs_dir), prefix, resume) if resume else None
+        prefix = run_prefix(script, args["teacher"], args["seed"])
+        self.checkpoint = find_checkpoint(runs_dir, prefix, resume) if resume else None
         self.step = check_checkpoint(self.checkpoint)["step"] if self.checkpoint else 0
         name = prefix + time.strftime("%Y%m%d-%H%M%S")
         if (Path(runs_dir) / name).exists():
@@ -575,6 +611,8 @@ class Run:
         names = [name]
         dist.broadcast_object_list(names)
         self.folder = self.checkpoint.parent.parent if self.checkpoint else Path(runs_dir) / names[0]
+        if self.checkpoint:
+            self.check_resumed()
         make_folder(runs_dir)
         if track and find_spec("wandb") is None:
             raise Fatal("--track needs Weights & Biases: pip install wandb")
@@ -587,7 +625,7 @@ class Run:
             make_folder(self.folder / "previews")
             for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
                 shutil.rmtree(leftover)
-            record, args = self.folder / "args.json", json.loads(json.dumps(self.args, default=str))
+            record, args = self.folder / "args.json", self.args
             before = json.loads(record.read_text()) if record.is_file() else args
             for name in sorted(args.keys() - {"resume"}):
                 if args[name] != before.get(name):
@@ -603,16 +641,18 @@ class Run:
                 self.wandb = wandb.init(project="video-distillation", name=name, config=self.args, resume="allow")
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def find(self, runs_dir, prefix, resume):
-        if resume == "latest":
-            found = [c for run in sorted(runs_dir.glob(prefix + "*")) if (c := latest_checkpoint(run))]
-            if not found:
-                raise Fatal(f"--resume latest: no checkpoint in {runs_dir}/{prefix}*; leave --resume out to start")
-            return max(found, key=lambda path: path.stat().st_mtime)
-        path = Path(resume)
-        if not path.is_dir():
-            raise Fatal(f"--resume: no such folder {resume}")
-        return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    def check_resumed(self):
+        """Raise one line unless these args can go on where the checkpoint stopped."""
+        if not (self.folder / Path(self.script).name).is_file():
+            raise Fatal(
+                f"--resume: {self.folder} is no run of {Path(self.script).name}; to start from its weights, --init it"
+            )
+        if self.step > self.args["steps"]:
+            raise Fatal(f"--steps {self.args['steps']} is over: {self.checkpoint} has {self.step} steps")
+        before = read_json(self.folder / "args.json")
+        for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
+            if self.args[name] != before[name]:
+                raise Fatal(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time, do not wait for the step
@@ -635,7 +675,9 @@ class Run:
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(self.checkpoint / "state")))
         except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
             reason = str(error).strip().splitlines()[-1]
-            raise Fatal(f"cannot resume from {self.checkpoint}: {reason}") from None
+            raise Fatal(
+                f"cannot resume from {self.checkpoint}: {reason}. Flags must be those in {self.folder / 'args.json'}"
+            ) from None
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         for name, network in networks.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
@@ -1006,15 +1048,6 @@ def encode_text(teacher, prompts, cache, device, chunk=1024):
     return Shards(folder, teacher, device)
 
 
-class Prompts(Shards):
-    """Samples are the prompts of a text file; there are no clips."""
-
-    def __new__(cls, teacher, path, cache, device, seed):
-        data = encode_text(teacher, read_prompts(path), cache, device)
-        data.seed = seed
-        return data
-
-
 class TinyWorld:
     """Samples of the tiny world, made on the fly: sample i is the clip (seed, i) with its caption. See tiny/data.py."""
 
@@ -1046,7 +1079,9 @@ def load_data(teacher, prompts, data, cache, device, seed):
     if data:
         return Shards(data, teacher, device, keys=("latents",), seed=seed)
     if prompts:
-        return Prompts(teacher, prompts, cache, device, seed)
+        encoded = encode_text(teacher, read_prompts(prompts), cache, device)  # no clips
+        encoded.seed = seed
+        return encoded
     if not teacher.world:
         raise Fatal(f"{teacher.name} needs --prompts FILE (one prompt a line) or --data FOLDER (latent shards)")
     return TinyWorld(teacher, cache, device, seed)
@@ -1104,7 +1139,7 @@ class Preview:
         scores = metrics.preview_metrics(clips)
         if clips.shape[1] == 1:  # one clip a prompt says nothing of diversity
             scores = {key: value for key, value in scores.items() if key not in ("diversity", "vendi")}
-        if self.teacher.world:
+        if self.teacher.world and set(self.labels) <= set(tiny.CAPTIONS):  # of other prompts nobody knows what is right
             captions = [label for label in self.labels for _ in range(clips.shape[1])]
             scores |= tiny.summary(clips.flatten(0, 1), captions)
         self.scores[name] = scores

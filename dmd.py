@@ -7,7 +7,7 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
     python dmd.py                                          # the tiny teacher, minutes on two CPU cores
     torchrun --nproc_per_node=8 dmd.py --teacher wan2.1-1.3b --prompts prompts.txt --pairs pairs/
 
-Notes, healthy curves and results: docs/dmd.md. This is the base file: the other scripts are diffs of it.
+Notes, healthy curves and results: docs/dmd.md. The base file: dmd2.py is a diff of it, the other scripts of dmd2.py.
 """
 
 import time
@@ -86,7 +86,7 @@ class Args:
     keep: int = 3
     """Checkpoints to keep, newest first; 0 keeps all."""
     resume: str | None = None
-    """Continue exactly: "latest", a run folder, or a checkpoint folder. With other processes, keep the global batch."""
+    """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     preview_every: int = 250
     """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
     preview_prompts: int = 4

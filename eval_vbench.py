@@ -263,14 +263,14 @@ def open_folder(args, record):
             raise common.Fatal(
                 f"{args.out} holds videos of another configuration ({', '.join(differ)}): use another --out"
             )
+    elif args.out.is_dir() and any(args.out.iterdir()):
+        raise common.Fatal(f"{args.out} is not empty and no evaluation (no config.json): use another --out")
     common.make_folder(videos)
     for leftover in videos.glob(".*.mp4.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
     rows = manifest(args.out).merge()
     refuse_mixed(args.out, record, rows)
     if not before.is_file():
-        if any(videos.iterdir()):
-            raise common.Fatal(f"{videos} holds videos that no config.json describes: use another --out")
         write_json(before, record)
     return rows
 

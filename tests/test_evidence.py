@@ -95,6 +95,8 @@ def test_the_same_run_twice(tmp_path, fails):
 
 def test_a_folder_that_is_no_run(tmp_path, fails):
     fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "not a run with a checkpoint")
+    fails(lambda: evidence.main(evidence.Args(runs=())), "at least one run")
+    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),), seeds=0)), "--seeds", "at least 1")
 
 
 def test_vanilla_gives_the_gradient_of_all_steps():

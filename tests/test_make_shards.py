@@ -77,3 +77,6 @@ def test_bad_input(clips, tmp_path, fails):
     (folder / "1.txt").write_text("a red circle")
     (folder / "1.mp4").write_bytes(b"no video")
     fails(lambda: make_shards.main(args(folder, tmp_path / "other")), "cannot read", "1.mp4")
+    for suffix in (".mp4", ".txt"):  # left out: the same folder will do
+        (folder / f"1{suffix}").unlink()
+    make_shards.main(args(folder, tmp_path / "other"))

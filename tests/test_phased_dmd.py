@@ -231,6 +231,15 @@ def test_resume_is_exact_and_trains_no_finished_phase_again(tmp_path, monkeypatc
         assert same(a, b)
 
 
+def test_phases_cannot_move_on_resume(tmp_path, fails):
+    flags = {"runs_dir": tmp_path, "steps": 4}
+    phased_dmd.main(small_args(phased_dmd, **flags))
+    for changed in ({"steps": 8}, {"phase_ends": (0.0,)}):
+        (name,) = changed
+        again = small_args(phased_dmd, **{**flags, **changed}, resume="latest")
+        fails(lambda args=again: phased_dmd.main(args), f"--{name.replace('_', '-')} cannot change")
+
+
 def test_diffusers_runs_the_two_experts(tmp_path):
     """WanPipeline with transformer, transformer_2 and boundary_ratio gives the latents of our rollout, up to the
     rounding of its timesteps to integers."""
@@ -305,6 +314,7 @@ def test_two_ranks_match_one(tmp_path, lora_rank):
         ({"phase_ends": (0.5, 0.75, 0.0)}, ["--phase-ends", "falling"]),
         ({"phase_ends": (1.0, 0.0)}, ["--phase-ends", "below 1"]),
         ({"phase_ends": ()}, ["--phase-ends"]),
+        ({"student_sigmas": (1.0, 0.99, 0.5), "phase_ends": (0.99, 0.0)}, ["--phase-ends", "below .98"]),
         ({"steps": 5}, ["--steps", "multiple of the 2 phases"]),
         ({"lora_rank": -1}, ["--lora-rank", "at least 0"]),
     ],

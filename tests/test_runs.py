@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import common
 import dmd
+import dmd2
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 
 TEACHER = ROOT / "tiny" / "teacher"
@@ -177,6 +179,8 @@ def test_accumulated_noise_is_not_repeated():
         ({"batch_size": 0}, ["--batch-size", "at least 1"]),
         ({"lr": -1.0}, ["--lr"]),
         ({"ema_decay": 1.5}, ["--ema-decay", "between 0 and 1"]),
+        ({"guidance_scale": float("nan")}, ["--guidance-scale", "nan"]),
+        ({"lr": float("inf")}, ["--lr", "inf"]),
         ({"frames": 10}, ["--frames"]),
         ({"height": 33}, ["--height", "multiple of"]),
         ({"height": 64}, ["tiny world", "9 frames of 32 x 32"]),
@@ -301,3 +305,34 @@ def test_help_says_what_values_mean(capsys):
         tyro.cli(dmd.Args, args=["--help"])
     out = capsys.readouterr().out
     assert "--guidance-scale" in out and "uncond + g" in out.replace("\n", " ")
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
+    flags = {"runs_dir": str(tmp_path), "steps": 1, "lr": 3e-4, "betas": (0.5, 0.9), "seed": 4}
+    dmd.main(small_args(**flags))
+    for resume, more in (("latest", ["--seed", "4"]), (str(only_run(tmp_path)), [])):
+        words = ["dmd.py", "--resume", resume, "--runs-dir", str(tmp_path), "--steps", "2", *more]
+        monkeypatch.setattr(sys, "argv", words)
+        args = common.parse_args(dmd.Args, dmd.RECIPES)
+        assert vars(args) == {**vars(small_args(**flags)), "steps": 2, "resume": resume}
+
+
+def test_resume_of_what_cannot_go_on(tmp_path, fails):
+    dmd.main(small_args(runs_dir=tmp_path, steps=2))
+    run = only_run(tmp_path)
+    before = (run / "args.json").read_text()
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, steps=1, resume="latest")), "--steps 1 is over", "2 steps")
+    flags = {"runs_dir": tmp_path, "gan_weight": 0.0, "resume": str(run)}
+    fails(lambda: dmd2.main(small_args(dmd2, **flags)), "no run of dmd2.py", "--init")
+    assert (run / "args.json").read_text() == before and not list(tmp_path.glob("dmd2__*"))
+
+
+def test_own_prompts_on_the_tiny_teacher(tmp_path):
+    """Nobody knows what is right for them, so previews have no factors."""
+    (tmp_path / "prompts.txt").write_text("a dog runs\na red circle\n")
+    dmd.main(small_args(runs_dir=tmp_path, prompts=str(tmp_path / "prompts.txt"), steps=1, preview_every=1))
+    table = (only_run(tmp_path) / "previews" / "table.md").read_text()
+    assert "diversity" in table and "right" not in table

@@ -1,9 +1,9 @@
 """Train the tiny teacher: a Wan-shaped text-to-video model of the world in tiny/data.py, small enough for a laptop.
 
     python tiny/train.py                   # vae, teacher, report: hours on two cores (see tiny/README.md), no GPU
-    python tiny/train.py --stage report    # only the table and the contact sheet of the weights in tiny/teacher
+    python tiny/train.py --stage report --out tiny/teacher    # only table and contact sheet, of the shipped weights
 
-It writes a folder that stock diffusers loads, `WanPipeline.from_pretrained("tiny/teacher")`. Every stage is
+It writes a folder that stock diffusers loads, `WanPipeline.from_pretrained("runs/tiny/teacher")`. Every stage is
 interruptible: run the same command again and it goes on from the last snapshot in --work. Clips, noise and dropout are
 functions of (seed, step), so a run that was interrupted and one that was not are the same run.
 """
@@ -49,8 +49,8 @@ HERE = Path(__file__).resolve().parent
 class Args:
     stage: Literal["all", "vae", "teacher", "report"] = "all"
     """What to run. `teacher` needs the VAE of `vae`, `report` needs both."""
-    out: Path = HERE / "teacher"
-    """Folder of the trained teacher, in the diffusers layout."""
+    out: Path = HERE.parent / "runs" / "tiny" / "teacher"
+    """Folder of the trained teacher, in the diffusers layout. The shipped one is tiny/teacher."""
     work: Path = HERE.parent / "runs" / "tiny"
     """Folder for snapshots and cached latents; may be deleted afterwards."""
     seed: int = 0
@@ -534,7 +534,7 @@ def sample(pipe, captions, guidance_scale, text_length=TEXT_LENGTH, steps=50, se
 
 
 def report(args):
-    """Print the table of data, reconstructions and teacher, and write samples.png beside the weights' folder."""
+    """Print the table of data, reconstructions and teacher, and write samples.png beside the folder of the weights."""
     pipe = WanPipeline.from_pretrained(args.out)
     pipe.set_progress_bar_config(disable=True)
     captions = [data.CAPTIONS[i % len(data.CAPTIONS)] for i in range(args.samples)]
@@ -572,8 +572,9 @@ def report(args):
     sheets = [torch.from_numpy(data.contact_sheet(x[:first])) for x in columns.values()]
     gap = torch.full((sheets[0].shape[0], 16, 3), 255, dtype=torch.uint8)
     sheet = torch.cat([part for s in sheets for part in (s, gap)][:-1], dim=1)
-    Image.fromarray(sheet.numpy()).save(HERE / "samples.png", optimize=True)
-    print(f"\n{HERE / 'samples.png'}: one row a caption; " + ", ".join(columns))
+    picture = args.out.resolve().parent / "samples.png"
+    Image.fromarray(sheet.numpy()).save(picture, optimize=True)
+    print(f"\n{picture}: one row a caption; " + ", ".join(columns))
 
 
 def check(args):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 
 import codmd  # noqa: E402
 import common  # noqa: E402
-from codmd import RECIPES, Args, rollout  # noqa: E402, F401
+from codmd import RECIPES, Args, rollout  # noqa: E402, F401  (tools/evidence.py samples with rollout)
 
 
 def cells(x):

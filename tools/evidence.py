@@ -55,7 +55,7 @@ class Args:
     transpose: bool = False
     """One column a run and one row a figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
-    """Folder for table.md and sheet.png."""
+    """Folder for table.md, sheet.png and runs.json (the runs compared)."""
 
 
 def factors_of(clips):
@@ -177,6 +177,10 @@ def sampler(spec, device, script, args, checkpoint, raw):
 
 @torch.no_grad()
 def main(args):
+    if not args.runs:
+        raise common.Fatal("name at least one run folder")
+    if min(args.seeds, args.repeats, *(args.teacher_steps or (0,))) < 1:
+        raise common.Fatal("--seeds, --repeats and --teacher-steps must be at least 1")
     loaded = [load_run(folder) for folder in args.runs]
     for folder, (_, run_args, _) in zip(args.runs, loaded, strict=True):
         if common.recipe_name(run_args.teacher) != "tiny":

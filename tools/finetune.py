@@ -4,7 +4,8 @@
 
 What DFD gains over this is not a matter of having seen the clips. The flags are dfd.py's; the student is updated at
 the steps where dfd.py would update it, on the same clips. The run folder is like a script's, for tools/evidence.py.
-One checkpoint at the end and no previews: --save-every, --preview-every and --dry-run do nothing here.
+One checkpoint at the end and no previews: --save-every and --preview-every do nothing here, nor do the flags of what is
+not here: scores, discriminator, --data-prob, --student-input, --anneal-lr.
 """
 
 import sys
@@ -22,7 +23,12 @@ from dfd import RECIPES, Args, rollout  # noqa: E402
 
 
 def main(args):
+    if not (args.init or args.resume):
+        raise common.Fatal("--init CHECKPOINT is missing: the student to train on, a run of dmd2.py as a rule")
+    if args.dry_run:
+        raise common.Fatal("--dry-run counts for dfd.py, which has more networks: use it there")
     common.check_ranges(asdict(args))
+    common.needs_clips({**asdict(args), "student_input": "data"})
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
     run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)

@@ -18,6 +18,10 @@ import dmd  # noqa: E402
 
 
 def main(out, args):
+    if args.dry_run:
+        raise common.Fatal("--dry-run counts training steps: use it with dmd.py")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise common.Fatal(f"{out} is a file: the first argument is the folder for the pairs")
     common.check_ranges(vars(args))
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
@@ -37,6 +41,7 @@ def main(out, args):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stdout if {"-h", "--help"} & set(sys.argv) else sys.stderr)
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     folder = sys.argv.pop(1)
     main(folder, common.parse_args(dmd.Args, dmd.RECIPES))

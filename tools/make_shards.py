@@ -94,10 +94,11 @@ def main(args):
     captions = [read_caption(path) for path in paths]
     rank, world, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
-    key = str(common.hashed([str(path) for path in paths], captions, spec.latent_shape, args.shard, spec.folder))
+    names = [str(path.relative_to(args.clips)) for path in paths]
+    key = str(common.hashed(names, captions, spec.latent_shape, args.shard, spec.folder))
     note = args.out / "key.txt"
-    if note.is_file() and note.read_text() != key:
-        raise common.Fatal(f"{args.out} holds shards of other clips or settings: give another folder")
+    if note.is_file() and note.read_text() != key and any(args.out.glob("*.safetensors")):
+        raise common.Fatal(f"{args.out} holds shards of other clips or settings: delete it, or give another folder")
     common.make_folder(args.out)
     note.write_text(key)
     texts = common.encode_text(spec, captions, args.out / "text", device)
