@@ -109,7 +109,7 @@ RECIPES = {
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
         "steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "betas": (0.0, 0.999), "guidance_scale": 3.0, "shift": 3.0, "gradient_checkpointing": False,
         "num_pairs": 512, "pair_steps": 12, "regression_weight": 0.02,  # .25 blurs, see docs/dmd.md
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DFD = 50  # steps of a DFD run
 # name: (script, flags, name of the run to start from); a row of the table each
 RUNS = {
-    "dmd": ("dmd.py", "--steps 500", None),
+    "dmd": ("dmd.py", "--steps 500 --guidance-scale 2", None),
     "dmd2_gan": ("dmd2.py", "--steps 500", None),
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
     "dmd2_on": ("dfd.py", f"--steps {DFD} --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
@@ -46,7 +46,6 @@ RUNS = {
     "phased": ("phased_dmd.py", "--steps 500", None),
     "phased_x2": ("phased_dmd.py", "--steps 1000", None),  # as many updates a phase as dmd2.py in all
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
-    "phased_4_x2": ("phased_dmd.py", "--steps 1000 --phase-ends .9 .75 .5 0", None),
     "phased_naive": ("phased_dmd.py", "--steps 500 --naive-target", None),
     "phased_disjoint": ("phased_dmd.py", "--steps 500 --disjoint-times", None),
 }
