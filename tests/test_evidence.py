@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import common
 import dfd
 import dmd2
-from tests.conftest import same, small_args
+from tests.conftest import ROOT, same, small_args
 from tests.exact import COND, ScaleShift, draws
 from tiny import data as tiny
 from tools import evidence, evidence_runs, finetune, vanilla
@@ -132,4 +132,4 @@ def test_every_run_of_the_evidence_is_a_command_of_today():
         name = Path(script).stem
         module = importlib.import_module(evidence.SCRIPTS[name])
         args = tyro.cli(module.Args, args=flags.split(), default=common.with_recipe(module.Args, module.RECIPES))
-        common.check_ranges(vars(args) | {"init": parent})
+        common.check_ranges(vars(args) | {"init": parent and str(ROOT)})
