@@ -112,7 +112,8 @@ def parse_args(Args, recipes):
         run = find_checkpoint(given.get("runs_dir", args.runs_dir), prefix, given["resume"]).parents[1]
         before = read_json(run / "args.json") if (run / "args.json").is_file() else {}
         before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
-        args = replace(args, **{**before, "resume": None, "track": False})
+        place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
+        args = replace(args, **{**before, **place, "resume": None, "track": False})
     return tyro.cli(Args, default=args)
 
 
@@ -594,8 +595,8 @@ class Run:
     """Folder, logs and checkpoints of one run: runs/<script>__<teacher>__<seed>__<time>/.
 
     args is the dict that is recorded. resume: None, "latest" (the newest run of the same script, teacher and seed that
-    has a checkpoint), a run folder, or a checkpoint folder. `step` is the first step to do. Making a Run
-    checks all this and makes no run folder; `begin` does.
+    has a checkpoint), a run folder, or a checkpoint folder. `step` is the first step to do. Making a Run checks all
+    this and makes no run folder; `begin` does.
     """
 
     def __init__(self, script, args, runs_dir, resume=None, keep=3, track=False):
@@ -626,8 +627,8 @@ class Run:
             for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
                 shutil.rmtree(leftover)
             record, args = self.folder / "args.json", self.args
-            before = json.loads(record.read_text()) if record.is_file() else args
-            for name in sorted(args.keys() - {"resume"}):
+            before = read_json(record) if self.checkpoint else args
+            for name in sorted(args.keys() - {"resume", "runs_dir"}):
                 if args[name] != before.get(name):
                     print(f"resuming with --{name.replace('_', '-')} {args[name]}, it was {before.get(name)}")
             record.write_text(json.dumps(args, indent=2) + "\n")

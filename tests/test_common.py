@@ -102,4 +102,6 @@ def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
     make_pairs.main(out, small_args(runs_dir=tmp_path))
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
     fails(lambda: make_pairs.main(out, small_args(runs_dir=tmp_path, pair_steps=3)), "other settings")
+    fails(lambda: make_pairs.main(out, small_args(dry_run=True)), "--dry-run")
+    fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(runs_dir=tmp_path)), "is a file")
     dmd.main(small_args(runs_dir=tmp_path, pairs=str(out), steps=1))

@@ -487,6 +487,10 @@ def test_what_does_not_belong_is_refused(whole, run, tmp_path, fails):
     shutil.copytree(whole, out)
     seeded = args(run, out, "generate", **flags, seed=1)
     fails(lambda: eval_vbench.main(seeded), "another configuration (seed)")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    fails(lambda: eval_vbench.main(args(run, tmp_path / "mine", "generate", **flags)), "mine is not empty")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     (out / "videos" / "stray.mp4").touch()
     for command in ("generate", "score", "report"):
         fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), "stray.mp4")

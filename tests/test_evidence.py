@@ -1,6 +1,7 @@
 """tools/evidence.py and its controls: the figures of clips that are known, and a whole small table."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -125,6 +126,26 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     assert (run / "vanilla.py").is_file() and evidence.label(script, args, 2).startswith("vanilla.py, 2 steps")
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
     fails(lambda: vanilla.main(small_args(dmd2, dry_run=True)), "use it there")
+
+
+def test_students_with_an_average_are_shown_without_it_too(tmp_path, monkeypatch):
+    """The table of docs/evidence.md has both."""
+    rows = []
+    monkeypatch.setattr(evidence_runs.subprocess, "call", lambda words, **_: rows.extend(words))
+    for name, decay in (("dmd2", 0.99), ("phased", 0.0)):
+        run = tmp_path / name / f"{Path(evidence_runs.RUNS[name][0]).stem}__tiny__0__now"
+        (run / "checkpoints" / "step_0000500").mkdir(parents=True)
+        (run / "checkpoints" / "step_0000500" / "checkpoint.json").touch()
+        (run / "args.json").write_text(json.dumps({"ema_decay": decay}))
+    with pytest.raises(SystemExit):
+        evidence_runs.main(evidence_runs.Args(only=("dmd2", "phased"), seeds=(0,), runs_dir=tmp_path))
+    dmd2_run, phased_run = tmp_path / "dmd2/dmd2__tiny__0__now", tmp_path / "phased/phased_dmd__tiny__0__now"
+    assert rows[2:-2] == [str(dmd2_run), f"{dmd2_run}:raw", str(phased_run)]
+
+
+def test_finetune_needs_a_student_and_has_no_dry_run(fails):
+    fails(lambda: finetune.main(small_args(dfd)), "--init CHECKPOINT is missing", "dmd2.py")
+    fails(lambda: finetune.main(small_args(dfd, init="x", dry_run=True)), "--dry-run")
 
 
 def test_every_run_of_the_evidence_is_a_command_of_today():

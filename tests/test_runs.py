@@ -313,11 +313,11 @@ def test_help_says_what_values_mean(capsys):
 def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
     flags = {"runs_dir": str(tmp_path), "steps": 1, "lr": 3e-4, "betas": (0.5, 0.9), "seed": 4}
     dmd.main(small_args(**flags))
-    for resume, more in (("latest", ["--seed", "4"]), (str(only_run(tmp_path)), [])):
-        words = ["dmd.py", "--resume", resume, "--runs-dir", str(tmp_path), "--steps", "2", *more]
-        monkeypatch.setattr(sys, "argv", words)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    for resume, more in (("latest", ["--seed", "4", "--runs-dir", str(moved)]), (str(only_run(moved)), [])):
+        monkeypatch.setattr(sys, "argv", ["dmd.py", "--resume", resume, "--steps", "2", *more])
         args = common.parse_args(dmd.Args, dmd.RECIPES)
-        assert vars(args) == {**vars(small_args(**flags)), "steps": 2, "resume": resume}
+        assert vars(args) == {**vars(small_args(**flags)), "steps": 2, "resume": resume, "runs_dir": str(moved)}
 
 
 def test_resume_of_what_cannot_go_on(tmp_path, fails):

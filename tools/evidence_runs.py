@@ -8,6 +8,7 @@ Every run is one thread and writes to its own folder, runs/evidence/<name>/. A r
 trained again; one that was interrupted starts anew.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,11 @@ def finished(runs_dir, name, seed):
     return found[-1].parents[2] if found else None
 
 
+def averaged(folder):
+    """Whether a run keeps an average of its student."""
+    return json.loads((Path(folder) / "args.json").read_text())["ema_decay"] > 0
+
+
 def command(runs_dir, name, seed):
     script, flags, parent = RUNS[name]
     init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
@@ -116,8 +122,7 @@ def main(args):
     folders = []
     for name in names:
         own = [str(finished(runs_dir, name, seed)) for seed in args.seeds]
-        # the student itself too, where others start from it: dfd.py keeps no average
-        folders += own + ([f"{folder}:raw" for folder in own] if name == "dmd2" else [])
+        folders += own + [f"{folder}:raw" for folder in own if averaged(folder)]  # the student itself too
     sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
 
 
