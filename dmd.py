@@ -4,7 +4,7 @@ The student turns noise into a video in one step. Its gradient is the difference
 noised sample: the fake score, trained along on the student's own samples, and the frozen teacher. A regression on
 noise-video pairs of the teacher's ODE keeps it from dropping modes.
 
-    python dmd.py                                          # the tiny teacher, minutes on two CPU cores
+    python dmd.py                                          # the tiny teacher, half an hour on a CPU core
     torchrun --nproc_per_node=8 dmd.py --teacher wan2.1-1.3b --prompts prompts.txt --pairs pairs/
 
 Notes, healthy curves and results: docs/dmd.md. The base file: dmd2.py is a diff of it, the other scripts of dmd2.py.
@@ -109,7 +109,7 @@ RECIPES = {
     "tiny": {
         "frames": 9, "height": 32, "width": 32,
         "steps": 2000, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 3.0, "shift": 3.0, "gradient_checkpointing": False,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 1.0, "gradient_checkpointing": False,
         "num_pairs": 512, "pair_steps": 12, "regression_weight": 0.02,  # .25 blurs, see docs/dmd.md
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },

@@ -39,7 +39,7 @@ def test_velocity_and_x0_are_one_prediction():
     assert dmd.flow_loss(noise - x0, x0, noise).item() == 0
 
 
-@pytest.mark.parametrize(("shift", "atom"), [(5.0, 0.0926), (8.0, 0.1404)])
+@pytest.mark.parametrize(("shift", "atom"), [(1.0, 0.02), (5.0, 0.0926), (8.0, 0.1404)])
 def test_score_times(shift, atom):
     """The shift, and how much of it the clamp puts on .98: 1 - .98 / (s - .98 (s - 1))."""
     sigma = dmd.sample_sigma(Grid(100_000), shift)

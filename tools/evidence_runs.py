@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DFD = 50  # steps of a DFD run
 # name: (script, flags, name of the run to start from); a row of the table each
 RUNS = {
-    "dmd": ("dmd.py", "--steps 500 --guidance-scale 2", None),
+    "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "dmd2_gan": ("dmd2.py", "--steps 500", None),
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
     "dmd2_on": ("dfd.py", f"--steps {DFD} --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
