@@ -125,9 +125,9 @@ RECIPES = {
         "discriminator_blocks": (20, 29, 39), "sample_relation": 1.0,
     },
     "tiny": {
-        "frames": 9, "height": 32, "width": 32,
-        "steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
+        "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True, "shift": 3.0,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "gradient_checkpointing": False,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },

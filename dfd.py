@@ -120,9 +120,9 @@ RECIPES = {
         "discriminator_blocks": (20, 29, 39),
     },
     "tiny": {
-        "frames": 9, "height": 32, "width": 32,
-        "steps": 50, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "fake_score_lr": 2e-4,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
+        "steps": 50, "lr": 2e-4, "fake_score_lr": 2e-4, "shift": 3.0,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "gradient_checkpointing": False,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "save_every": 25, "preview_every": 25, "preview_prompts": 12,
     },

@@ -107,9 +107,9 @@ RECIPES = {
     "wan2.1-1.3b": {},
     "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6, "grad_accum": 4},  # CoDMD's 14B config
     "tiny": {
-        "frames": 9, "height": 32, "width": 32,
-        "steps": 2000, "batch_size": 16, "grad_accum": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 1.0, "gradient_checkpointing": False,
+        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
+        "steps": 2000, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True, "shift": 1.0,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "gradient_checkpointing": False,
         "num_pairs": 512, "pair_steps": 12, "regression_weight": 0.02,  # .25 blurs, see docs/dmd.md
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },

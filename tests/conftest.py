@@ -41,7 +41,7 @@ def popen(processes=1, script=dmd, **flags):
     words = [word for k, v in small(script, flags).items() for word in (f"--{k.replace('_', '-')}", str(v))]
     return subprocess.Popen(
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

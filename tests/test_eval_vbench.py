@@ -66,7 +66,7 @@ def popen(run, out, processes=1, **flags):
     words = [str(word) for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
     return subprocess.Popen(
         [*launch, str(ROOT / "eval_vbench.py"), "generate", *words],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
