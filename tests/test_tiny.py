@@ -232,6 +232,17 @@ def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
 
 
+def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys):
+    from tiny import train
+
+    train.levels(train.Args(out=TEACHER, samples=24), steps=4)
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [float(row[0]) for row in rows] == [0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]
+    size = {float(row[0]): float(row[3].split(",")[2]) for row in rows}  # correlation with the clip's own
+    assert min(size[0], size[0.1], size[0.3]) > 0.95 and abs(size[1]) < 0.6  # pure noise knows nothing of the clip
+    assert float(rows[0][1]) == float(rows[1][1]) == 100
+
+
 # --- training ---
 
 
@@ -314,6 +325,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"steps": 0},
         {"clips": 100},
         {"stage": "report", "out": tmp_path},
+        {"stage": "levels", "out": tmp_path},
         {"stage": "teacher", "work": tmp_path},
     ):
         with pytest.raises(SystemExit) as stop:

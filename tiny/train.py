@@ -47,8 +47,9 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Args:
-    stage: Literal["all", "vae", "teacher", "report"] = "all"
-    """What to run. `teacher` needs the VAE of `vae`, `report` needs both."""
+    stage: Literal["all", "vae", "teacher", "report", "levels"] = "all"
+    """What to run. `teacher` needs the VAE of `vae`, `report` needs both, and so does `levels`, which is not a part of
+    `all`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost."""
     out: Path = HERE.parent / "runs" / "tiny" / "teacher"
     """Folder of the trained teacher, in the diffusers layout. The shipped one is tiny/teacher."""
     work: Path = HERE.parent / "runs" / "tiny"
@@ -577,6 +578,50 @@ def report(args):
     print(f"\n{picture}: one row a caption; " + ", ".join(columns))
 
 
+@torch.no_grad()
+def levels(args, steps=50):
+    """Print a table: clips noised to sigma and denoised by the teacher, guidance 1, against the same clips.
+
+    A row tells what the noise levels below its sigma do; what it adds to the row above, what the levels between do.
+    Sigma 0 is the VAE alone, sigma 1 samples from pure noise.
+    """
+    pipe = WanPipeline.from_pretrained(args.out)
+    captions = [data.CAPTIONS[i % len(data.CAPTIONS)] for i in range(args.samples)]
+    videos, _ = data.batch(args.seed + 3, range(args.samples), captions)
+    wanted = data.read_factors(videos)
+    text = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
+    shift, scale = (
+        rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    x0 = torch.cat([(pipe.vae.encode(x * 2 - 1).latent_dist.mode() - shift) / scale for x in videos.split(64)])
+    noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
+    names = ["speed", "size", "brightness", "saturation"]
+    columns = [
+        "sigma",
+        "right caption %",
+        *(f"{name}: mean, spread (%), correlation" for name in names),
+        "coherence, px",
+    ]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for top in (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0):
+        u = torch.linspace(top / (args.shift - (args.shift - 1) * top), 0, steps + 1)
+        sigmas = args.shift * u / (1 + (args.shift - 1) * u)
+        z = (1 - top) * x0 + top * noise
+        for a, b in zip(sigmas, sigmas[1:], strict=False) if top else ():
+            t = torch.full((64,), 1000 * a)
+            parts = zip(z.split(64), text.split(64), strict=True)
+            v = torch.cat([pipe.transformer(part, t[: len(part)], c, return_dict=False)[0] for part, c in parts])
+            z = z + (b - a) * v
+        out = torch.cat([pipe.vae.decode(part * scale + shift).sample for part in z.split(64)]) / 2 + 0.5
+        f, figures = data.read_factors(out), data.summary(out, captions)
+        cells = [f"{top:g}", f"{figures['right']:.1f}"]
+        for name in names:
+            got, want = f[name][f["clean"]], wanted[name][f["clean"]]
+            mean, spread = 100 * (got.mean() / want.mean() - 1), 100 * (got.std() / want.std() - 1)
+            cells.append(f"{mean:+.0f}, {spread:+.0f}, {torch.corrcoef(torch.stack([got, want]))[0, 1]:.2f}")
+        print("| " + " | ".join([*cells, f"{figures['coherence']:.3f}"]) + " |", flush=True)
+
+
 def check(args):
     """Exit with one line on arguments that cannot work."""
     problem = None
@@ -603,7 +648,7 @@ def check(args):
         problem = "--dropout must be in [0, 1] and --ema-decay in [0, 1)"
     if args.stage == "teacher" and not (args.work / "vae" / "config.json").exists():
         problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
-    if args.stage == "report" and not (args.out / "model_index.json").exists():
+    if args.stage in ("report", "levels") and not (args.out / "model_index.json").exists():
         problem = f"no teacher in {args.out}: run --stage all first"
     if problem:
         print(f"tiny/train.py: {problem}", file=sys.stderr)
@@ -620,6 +665,8 @@ def main(args):
         train_teacher(args)
     if args.stage in ("all", "report"):
         report(args)
+    if args.stage == "levels":
+        levels(args)
 
 
 if __name__ == "__main__":
