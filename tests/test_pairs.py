@@ -10,16 +10,16 @@ from tools import diffs
 DECLARED = {
     ("dmd", "dmd2"): (
         {"docstring", "imports", "Args", "RECIPES", "rollout", "regression_loss", "Discriminator", "gan_student_loss",
-         "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 110, 64,
+         "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 107, 61,
     ),
     ("dmd2", "codmd"): (
-        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 43, 12,
+        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 40, 9,
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "bridge", "renoise", "sample_sigma", "rollout", "velocity_gradient",
-         "flow_loss", "main"}, 116, 55,
+         "flow_loss", "main"}, 113, 52,
     ),
-    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 29, 26),
+    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "main"}, 26, 23),
 }  # fmt: skip
 
 

@@ -232,15 +232,21 @@ def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
 
 
-def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys):
+def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys, monkeypatch):
+    from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+
     from tiny import train
 
+    stock, starts = Scheduler.set_timesteps, []
+    monkeypatch.setattr(Scheduler, "set_timesteps", lambda self, **k: (stock(self, **k), starts.append(self.sigmas[0])))
     train.levels(train.Args(out=TEACHER, samples=24), steps=4)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [float(row[0]) for row in rows] == [0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]
+    torch.testing.assert_close(torch.stack(starts), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]))
     size = {float(row[0]): float(row[3].split(",")[2]) for row in rows}  # correlation with the clip's own
     assert min(size[0], size[0.1], size[0.3]) > 0.95 and abs(size[1]) < 0.6  # pure noise knows nothing of the clip
     assert float(rows[0][1]) == float(rows[1][1]) == 100
+    assert abs(float(rows[0][5].split(",")[0])) < 2  # saturation, %: without the latents' mean it is 2 high
 
 
 # --- training ---

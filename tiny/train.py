@@ -595,23 +595,17 @@ def levels(args, steps=50):
     )
     x0 = torch.cat([(pipe.vae.encode(x * 2 - 1).latent_dist.mode() - shift) / scale for x in videos.split(64)])
     noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
-    names = ["speed", "size", "brightness", "saturation"]
-    columns = [
-        "sigma",
-        "right caption %",
-        *(f"{name}: mean, spread (%), correlation" for name in names),
-        "coherence, px",
-    ]
+    stretch, names = pipe.scheduler.config.shift, ["speed", "size", "brightness", "saturation"]
+    columns = ["sigma", "right %", *(f"{name}: mean, spread (%), correlation" for name in names), "coherence, px"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for top in (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0):
-        u = torch.linspace(top / (args.shift - (args.shift - 1) * top), 0, steps + 1)
-        sigmas = args.shift * u / (1 + (args.shift - 1) * u)
         z = (1 - top) * x0 + top * noise
-        for a, b in zip(sigmas, sigmas[1:], strict=False) if top else ():
-            t = torch.full((64,), 1000 * a)
-            parts = zip(z.split(64), text.split(64), strict=True)
-            v = torch.cat([pipe.transformer(part, t[: len(part)], c, return_dict=False)[0] for part, c in parts])
-            z = z + (b - a) * v
+        start = top / (stretch - (stretch - 1) * top)  # the scheduler shifts it back to top
+        if top:
+            pipe.scheduler.set_timesteps(sigmas=torch.linspace(start, 0, steps + 1)[:-1].tolist())
+            for t in pipe.scheduler.timesteps:
+                v = pipe.transformer(z, t.expand(len(z)), text, return_dict=False)[0]
+                z = pipe.scheduler.step(v, t, z, return_dict=False)[0]
         out = torch.cat([pipe.vae.decode(part * scale + shift).sample for part in z.split(64)]) / 2 + 0.5
         f, figures = data.read_factors(out), data.summary(out, captions)
         cells = [f"{top:g}", f"{figures['right']:.1f}"]
