@@ -102,6 +102,7 @@ def parse_args(Args, recipes):
     """Command line -> Args. A flag beats the teacher's row in `recipes`, which beats the defaults of Args. For
     --resume, the args of that run stand in for both.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before training begins: no traceback
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("teacher", "seed", "runs-dir", "resume"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")

@@ -125,6 +125,17 @@ def test_sigkill_at_a_random_moment_then_resume_is_exact(tmp_path):
     assert same(student_weights(tmp_path / "unbroken", steps), student_weights(tmp_path / "broken", steps))
 
 
+def test_ctrl_c_before_training_is_no_traceback_and_leaves_no_run(tmp_path):
+    running = popen(runs_dir=tmp_path, num_pairs=10_000)
+    said = ""
+    while "teacher pairs" not in said and running.poll() is None:
+        said += running.stderr.read(1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == -signal.SIGINT and "Traceback" not in said + err
+    assert not list(tmp_path.glob("dmd__*"))
+
+
 def test_sigterm_saves_and_a_run_folder_resumes(tmp_path, capsys):
     running = popen(runs_dir=tmp_path, steps=1000, save_every=1000)
     while not list(tmp_path.glob("dmd__*/events*")) and running.poll() is None:
