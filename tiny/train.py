@@ -70,7 +70,7 @@ class Args:
     """Weight of the mean KL per latent value against the mean absolute error per pixel."""
     clips: int = 16384
     """Clips that the teacher trains on, encoded once."""
-    steps: int = 37500
+    steps: int = 57500
     """Teacher updates."""
     batch: int = 32
     """Clips per teacher update."""
