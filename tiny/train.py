@@ -220,6 +220,11 @@ def decode(vae, latents):
     return (wan_vae.unpatchify(x, vae.config.patch_size) + 1) / 2
 
 
+def latent_statistics(vae):
+    """Mean and standard deviation that latents are normalised by, each [c, 1, 1, 1]."""
+    return (rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (vae.config.latents_mean, vae.config.latents_std))
+
+
 def reconstruct(vae, videos, g, extra_noise):
     """Loss, KL and squared error of videos [b, 3, f, h, w] sent through the VAE, with noise from the generator g.
 
@@ -385,9 +390,7 @@ def cached_latents(args):
     Encoded in chunks, so that an interrupted run goes on where it stopped.
     """
     vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
-    shift, scale = (
-        rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    shift, scale = latent_statistics(vae)
     size, chunks = 2048, []
     for first in range(0, args.clips, size):
         path = args.work / f"latents-{args.seed + 2}-{first}.safetensors"
@@ -590,10 +593,8 @@ def levels(args, steps=50):
     videos, _ = data.batch(args.seed + 3, range(args.samples), captions)
     wanted = data.read_factors(videos)
     text = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
-    shift, scale = (
-        rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-    )
-    x0 = torch.cat([(pipe.vae.encode(x * 2 - 1).latent_dist.mode() - shift) / scale for x in videos.split(64)])
+    shift, scale = latent_statistics(pipe.vae)
+    x0 = torch.cat([(encode(pipe.vae, x)[0] - shift) / scale for x in videos.split(64)])
     noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
     stretch, names = pipe.scheduler.config.shift, ["speed", "size", "brightness", "saturation"]
     columns = ["sigma", "right %", *(f"{name}: mean, spread (%), correlation" for name in names), "coherence, px"]
@@ -606,7 +607,7 @@ def levels(args, steps=50):
             for t in pipe.scheduler.timesteps:
                 v = pipe.transformer(z, t.expand(len(z)), text, return_dict=False)[0]
                 z = pipe.scheduler.step(v, t, z, return_dict=False)[0]
-        out = torch.cat([pipe.vae.decode(part * scale + shift).sample for part in z.split(64)]) / 2 + 0.5
+        out = torch.cat([decode(pipe.vae, part * scale + shift) for part in z.split(64)])
         f, figures = data.read_factors(out), data.summary(out, captions)
         cells = [f"{top:g}", f"{figures['right']:.1f}"]
         for name in names:
