@@ -155,9 +155,6 @@ def check_ranges(args):
         raise Fatal(f"--phase-ends must be below .98, the highest score time, got {' '.join(map(str, ends))}")
     if args["steps"] % len(ends):
         raise Fatal(f"--steps must be a multiple of the {len(ends)} phases, got {args['steps']}")
-    blocks = args.get("discriminator_blocks", (0,))
-    if args.get("gan_weight") and (not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks)):
-        raise Fatal(f"--discriminator-blocks must be different numbers from 0 up, got {' '.join(map(str, blocks))}")
     if not all(0 <= beta < 1 for beta in args.get("betas", ())):
         raise Fatal(f"--betas must be in [0, 1), got {' '.join(map(str, args['betas']))}")
     if args.get("init") and not args.get("resume") and not Path(args["init"]).is_dir():
@@ -183,6 +180,16 @@ def needs_clips(args):
             "what needs them: --gan-weight 0, --data-prob 0, --student-input simulate"
         )
     return bool(flags)
+
+
+def check_blocks(teacher, args):
+    """Raise one line if the discriminator is to read blocks that the network has not. args is a dict."""
+    blocks, last = args["discriminator_blocks"], teacher.config["num_layers"] - 1
+    wrong = not blocks or len(set(blocks)) < len(blocks) or min(blocks) < 0 or max(blocks) > last
+    if wrong and args["gan_weight"]:
+        raise Fatal(
+            f"--discriminator-blocks must be different numbers from 0 to {last}, got {' '.join(map(str, blocks))}"
+        )
 
 
 def read_json(path):

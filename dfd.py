@@ -203,8 +203,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, network, blocks):
         super().__init__()
-        if max(blocks) >= len(network.blocks):
-            raise common.Fatal(f"--discriminator-blocks must be 0 to {len(network.blocks) - 1}, got {max(blocks)}")
         d = network.width
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 1)) for _ in blocks
@@ -240,6 +238,7 @@ def main(args):
     common.check_ranges(asdict(args))
     _, _, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
+    common.check_blocks(spec, asdict(args))
     if args.dry_run:
         gan, rolled = args.gan_weight > 0, 1 if args.student_input == "data" else (len(args.student_sigmas) + 1) / 2
         # fake score: rollout, fake (twice with a discriminator); student: rollout, fake (ditto), guided teacher

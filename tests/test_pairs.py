@@ -10,7 +10,7 @@ from tools import diffs
 DECLARED = {
     ("dmd", "dmd2"): (
         {"docstring", "imports", "Args", "RECIPES", "rollout", "regression_loss", "Discriminator", "gan_student_loss",
-         "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 107, 61,
+         "discriminator_loss", "solve_pairs", "pairs_key", "main"}, 106, 61,
     ),
     ("dmd2", "codmd"): (
         {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 40, 9,
