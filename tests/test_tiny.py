@@ -249,6 +249,39 @@ def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys, monkeypatch
     assert abs(float(rows[0][5].split(",")[0])) < 2  # saturation, %: without the latents' mean it is 2 high
 
 
+def test_excess_is_the_error_beyond_the_best_possible_one():
+    """x0 ~ N(0, 1) and x_t = (1 - s) x0 + s noise: the posterior is known, and so is the price of a wrong guess."""
+    from tiny.train import excess, posterior_mean
+
+    g = torch.Generator().manual_seed(0)
+    s, x0 = 0.6, torch.randn(20_000, 1, generator=g)
+    x_t = (1 - s) * x0 + s * torch.randn(x0.shape, generator=g)
+    exact = (1 - s) / ((1 - s) ** 2 + s**2) * x_t
+    prediction = 1.1 * exact + 0.2
+    wanted = [s**2 / ((1 - s) ** 2 + s**2), (prediction - exact).square().mean().item()]
+    assert excess(prediction, x0, [exact, exact]) == pytest.approx(wanted, rel=0.03)
+    # a hundred clips a half: their noise is several times the excess, and is gone from the product
+    sigma, rough = torch.full((500,), s), []
+    for rows in torch.arange(len(x0)).split(500):
+        clips = torch.randn(2, 100, 1, generator=g)
+        halves = [posterior_mean(x_t[rows], sigma, half, half.square().sum(1)) for half in clips]
+        rough.append(excess(prediction[rows], x0[rows], halves))
+    assert torch.tensor(rough).mean(0).tolist() == pytest.approx(wanted, rel=0.1)
+
+
+def test_denoiser_table_adds_up(capsys):
+    """What the teacher's error is made of: that of the best possible prediction, and what it is beyond that."""
+    from tiny import train
+
+    train.denoiser(train.Args(out=TEACHER, samples=64, clips=512))
+    rows = [[float(c) for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == [0.9, 0.93, 0.95, 0.98, 1]
+    for _, best, total, beyond, percent in rows[2:]:  # below, 256 clips a half are too few
+        assert total == pytest.approx(best + beyond, rel=0.05)
+        assert percent == pytest.approx(100 * beyond / best, rel=0.02, abs=0.2)
+        assert 0 < beyond < 0.1 * best
+
+
 # --- training ---
 
 
@@ -332,6 +365,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"clips": 100},
         {"stage": "report", "out": tmp_path},
         {"stage": "levels", "out": tmp_path},
+        {"stage": "denoiser", "out": tmp_path},
         {"stage": "teacher", "work": tmp_path},
     ):
         with pytest.raises(SystemExit) as stop:

@@ -47,9 +47,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Args:
-    stage: Literal["all", "vae", "teacher", "report", "levels"] = "all"
-    """What to run. `teacher` needs the VAE of `vae`, `report` needs both, and so does `levels`, which is not a part of
-    `all`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost."""
+    stage: Literal["all", "vae", "teacher", "report", "levels", "denoiser"] = "all"
+    """What to run. `teacher` needs the VAE of `vae`, `report` needs both, and so do two that are no part of `all`.
+    `levels`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost.
+    `denoiser`: the error of the teacher's prediction at high noise beside that of the best possible one."""
     out: Path = HERE.parent / "runs" / "tiny" / "teacher"
     """Folder of the trained teacher, in the diffusers layout. The shipped one is tiny/teacher."""
     work: Path = HERE.parent / "runs" / "tiny"
@@ -91,7 +92,7 @@ class Args:
     guidance_scale: float = 2.0
     """Guidance in the last column of the report, and the one recommended to trainers."""
     samples: int = 528
-    """Samples per column of the report."""
+    """Samples per column of the report; clips that `levels` and `denoiser` noise."""
 
 
 def cosine_lr(step, steps, lr, warmup):
@@ -617,6 +618,46 @@ def levels(args, steps=50):
         print("| " + " | ".join([*cells, f"{figures['coherence']:.3f}"]) + " |", flush=True)
 
 
+def excess(prediction, x0, halves):
+    """Squared errors, means over all values: (the best possible one, how far `prediction` is beyond it).
+
+    prediction of x0 from some x_t, [b, ...]; halves: E[x0 | x_t], [b, ...], estimated twice from different clips. Error
+    of either estimate is in one factor of a product only, so it is in the mean of neither product.
+    """
+    return [math.prod(x - half for half in halves).mean().item() for x in (x0, prediction)]
+
+
+@torch.no_grad()
+def denoiser(args):
+    """Print a table: the squared error of the teacher's prediction of x0 from x_t, beside the best possible one's.
+
+    The world is known, so the best possible prediction is too: the mean of all clips of the caption, weighed by how
+    likely each makes x_t. Two halves of `args.clips` fresh clips stand for all; below sigma .9 they are too few.
+    """
+    pipe, caption = WanPipeline.from_pretrained(args.out), data.CAPTIONS[0]
+    text = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
+    shift, scale = latent_statistics(pipe.vae)
+
+    def latents(seed, count):
+        parts = torch.arange(count).split(64)
+        return torch.cat([(encode(pipe.vae, data.batch(seed, part, caption)[0])[0] - shift) / scale for part in parts])
+
+    x0, halves = latents(args.seed + 3, args.samples), latents(args.seed + 4, args.clips).flatten(1).chunk(2)
+    noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
+    print(f"{caption}; squared error per latent value\n")
+    print("| sigma | best possible | teacher | beyond the best | of the best, % |\n|---|---|---|---|---|")
+    for level in (0.9, 0.93, 0.95, 0.98, 1.0):
+        x_t, sigma = (1 - level) * x0 + level * noise, torch.full((len(x0),), level)
+        v = [
+            pipe.transformer(x, 1000 * x.new_full((len(x),), level), text.expand(len(x), -1, -1)).sample
+            for x in x_t.split(64)
+        ]
+        prediction = x_t - level * torch.cat(v)
+        best, beyond = excess(prediction, x0, [posterior_mean(x_t, sigma, h, h.square().sum(1)) for h in halves])
+        total = F.mse_loss(prediction, x0).item()
+        print(f"| {level:g} | {best:.3f} | {total:.3f} | {beyond:.4f} | {100 * beyond / best:.1f} |", flush=True)
+
+
 def check(args):
     """Exit with one line on arguments that cannot work."""
     problem = None
@@ -643,7 +684,7 @@ def check(args):
         problem = "--dropout must be in [0, 1] and --ema-decay in [0, 1)"
     if args.stage == "teacher" and not (args.work / "vae" / "config.json").exists():
         problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
-    if args.stage in ("report", "levels") and not (args.out / "model_index.json").exists():
+    if args.stage in ("report", "levels", "denoiser") and not (args.out / "model_index.json").exists():
         problem = f"no teacher in {args.out}: run --stage all first"
     if problem:
         print(f"tiny/train.py: {problem}", file=sys.stderr)
@@ -662,6 +703,8 @@ def main(args):
         report(args)
     if args.stage == "levels":
         levels(args)
+    if args.stage == "denoiser":
+        denoiser(args)
 
 
 if __name__ == "__main__":
