@@ -8,6 +8,7 @@ A user's mistake ends in one line on standard error and exit code 2; a loss that
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -193,8 +194,12 @@ def check_blocks(teacher, args):
 
 
 def read_json(path):
+    """The dict in a JSON file."""
     try:
-        return json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
+        return record
     except (OSError, ValueError) as error:
         raise Fatal(f"cannot read {path}: {error}") from None
 
@@ -575,6 +580,8 @@ def check_checkpoint(path):
     if not (path / "checkpoint.json").is_file():
         raise Fatal(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
     record = read_json(path / "checkpoint.json")
+    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
+        raise Fatal(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
     for name, size in record["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             raise Fatal(f"{path} is incomplete: {name} is missing or has the wrong size; resume from another one")
@@ -614,21 +621,21 @@ class Run:
         prefix = run_prefix(script, args["teacher"], args["seed"])
         self.checkpoint = find_checkpoint(runs_dir, prefix, resume) if resume else None
         self.step = check_checkpoint(self.checkpoint)["step"] if self.checkpoint else 0
-        name = prefix + time.strftime("%Y%m%d-%H%M%S")
-        if (Path(runs_dir) / name).exists():
-            name += f"-{os.getpid()}"
-        names = [name]
-        dist.broadcast_object_list(names)
-        self.folder = self.checkpoint.parent.parent if self.checkpoint else Path(runs_dir) / names[0]
+        new = Path(runs_dir) / f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = self.checkpoint.parents[1] if self.checkpoint else new
         if self.checkpoint:
             self.check_resumed()
-        make_folder(runs_dir)
+        make_folder(self.folder if self.checkpoint else runs_dir)
         if track and find_spec("wandb") is None:
             raise Fatal("--track needs Weights & Biases: pip install wandb")
 
     def begin(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint, if there is one, and open the run folder and its logs."""
         self.load(networks, optimizers)
+        if not self.checkpoint:
+            names = [unused_folder(self.folder) if self.rank == 0 else None]
+            dist.broadcast_object_list(names)
+            self.folder = names[0]
         if self.rank == 0:
             make_folder(self.folder / "checkpoints")
             make_folder(self.folder / "previews")
@@ -658,15 +665,23 @@ class Run:
             )
         if self.step > self.args["steps"]:
             raise Fatal(f"--steps {self.args['steps']} is over: {self.checkpoint} has {self.step} steps")
+        newest = latest_checkpoint(self.folder)
+        if newest and newest.name > self.checkpoint.name:
+            raise Fatal(
+                f"--resume: {self.folder} goes on to {newest.name}, which the new steps would mix with: move what is "
+                f"later than {self.checkpoint.name} out of checkpoints/ first"
+            )
         before = read_json(self.folder / "args.json")
         for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
             if self.args[name] != before[name]:
                 raise Fatal(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
 
     def on_signal(self, number, frame):
-        if self.signal:  # the second time, do not wait for the step
+        """Stop after this step. Ctrl-C again, later than torchrun repeats it to its processes, does not wait for it."""
+        if self.signal and number == signal.SIGINT and time.monotonic() > self.signalled + 5:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal:
+            self.signal, self.signalled = number, time.monotonic()
 
     def stop_signal(self):
         """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once a step, on every rank."""
@@ -706,28 +721,40 @@ class Run:
         """
         final = self.folder / "checkpoints" / f"step_{step:07d}"
         aside = final.with_name(final.name + ".tmp")
-        if self.rank == 0:
+        try:
+            self.write(step, networks, optimizers, export if isinstance(export, list) else [export], aside)
+            if self.rank == 0:
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(aside, final)
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            self.close()
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            reason, last = str(error).strip().splitlines()[-1], latest_checkpoint(self.folder)
+            raise Fatal(f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}", code=1) from None
+        if self.rank == 0:
+            for old in sorted(final.parent.glob("step_*"))[: -self.keep] if self.keep else []:
+                shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
-        writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
+
+    def write(self, step, networks, optimizers, exports, folder):
+        """The files of a checkpoint, see `save`."""
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier()
+        writer = dcp.HuggingFaceStorageWriter(str(folder / "state"), save_distributed=True)
         dcp.save(flat_state(networks, optimizers), storage_writer=writer)
-        for i, network in enumerate(export if isinstance(export, list) else [export]):
+        for i, network in enumerate(exports):
             whole = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if self.rank == 0:
                 with init_empty_weights(include_buffers=False):
                     transformer = type(network.transformer).from_config(network.transformer.config)
                 transformer.load_state_dict(merged(network, whole), assign=True)
-                transformer.save_pretrained(aside / "student" / f"transformer{f'_{i + 1}' if i else ''}")
+                transformer.save_pretrained(folder / "student" / f"transformer{f'_{i + 1}' if i else ''}")
         if self.rank == 0:
-            files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
+            files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
             record = {"step": step, "world_size": dist.get_world_size(), "files": files}
-            (aside / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
-            for old in sorted(final.parent.glob("step_*"))[: -self.keep] if self.keep else []:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+            (folder / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def log(self, step, values, total):
         """Write one step's figures (after averaging over ranks) to TensorBoard and the progress bar.
@@ -739,7 +766,7 @@ class Run:
             if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
                 self.close()
                 last = latest_checkpoint(self.folder)
-                raise Fatal(f"{name} is {value} at step {step}; the last good checkpoint is {last or 'none'}", code=1)
+                raise Fatal(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}", code=1)
         if self.rank:
             return
         if self.bar is None:
@@ -1017,8 +1044,20 @@ def write_pairs(folder, data, numbers, cond, noise, latents):
 def make_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
         raise Fatal(f"cannot write the folder {folder}: {error.strerror}; see --runs-dir") from None
+
+
+def unused_folder(folder):
+    """Make the folder; if there is one already, the first of folder-2, folder-3, … that is not."""
+    for name in (folder.name, *(f"{folder.name}-{i}" for i in range(2, 10**6))):
+        try:
+            folder.with_name(name).mkdir()
+            return folder.with_name(name)
+        except FileExistsError:
+            pass
 
 
 def read_prompts(path):

@@ -38,10 +38,12 @@ def popen(processes=1, script=dmd, **flags):
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = [word for k, v in small(script, flags).items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    words = []
+    for name, value in small(script, flags).items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return subprocess.Popen(
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """Whole runs of dmd.py on the tiny teacher: resume, ranks, bad input, what they leave on disk."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +154,30 @@ def test_sigterm_saves_and_a_run_folder_resumes(tmp_path, capsys):
     assert f"resuming with --steps {step + 1}, it was 1000" in capsys.readouterr().out
 
 
+def test_ctrl_c_under_torchrun_saves_though_every_process_hears_it_twice(tmp_path):
+    """A terminal signals the whole group, and torchrun passes its own signal on to the processes."""
+    running = popen(2, runs_dir=tmp_path, steps=1000, save_every=1000)
+    while not list(tmp_path.glob("dmd__*/events*")) and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(3)
+    os.killpg(running.pid, signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    assert common.check_checkpoint(checkpoint)["world_size"] == 2
+    assert "[rank0]" not in err and "[rank1]" not in err  # no traceback of ours
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    run = common.Run(dmd.__file__, vars(small_args(runs_dir=tmp_path)), tmp_path)
+    clock = iter((0.0, 1.0, 10.0))  # of the first signal, and of each Ctrl-C after it
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        run.on_signal(number, None)
+    assert run.stop_signal() == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
+
+
 def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
     """Two gloo processes with batch b, and one with batch 2b or with two micro-batches: the same weights.
 
@@ -168,9 +195,25 @@ def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
         assert distance(student_weights(tmp_path / other, 4), one) < 1e-3 * distance(start, one)
 
     # half of it on two ranks, the rest on one
-    checkpoint = only_run(tmp_path / "two") / "checkpoints" / "step_0000002"
-    dmd.main(small_args(runs_dir=tmp_path / "two", steps=4, batch_size=4, resume=str(checkpoint)))
+    checkpoints = only_run(tmp_path / "two") / "checkpoints"
+    shutil.rmtree(checkpoints / "step_0000004")
+    dmd.main(small_args(runs_dir=tmp_path / "two", steps=4, batch_size=4, resume=str(checkpoints / "step_0000002")))
     assert distance(student_weights(tmp_path / "two", 4), one) < 1e-3 * distance(start, one)
+
+    # half of it on one rank, the rest on two; activations recomputed
+    checkpoints = only_run(tmp_path / "one") / "checkpoints"
+    shutil.rmtree(checkpoints / "step_0000004")
+    flags = {"resume": str(checkpoints / "step_0000002"), "gradient_checkpointing": True}
+    two = popen(2, runs_dir=tmp_path / "one", steps=4, batch_size=2, save_every=2, **flags)
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err[-3000:]
+    assert distance(student_weights(tmp_path / "one", 4), one) < 1e-3 * distance(start, one)
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    for flag in (False, True):
+        dmd.main(small_args(runs_dir=tmp_path / str(flag), steps=2, gradient_checkpointing=flag))
+    assert same(student_weights(tmp_path / "False", 2), student_weights(tmp_path / "True", 2))
 
 
 def test_accumulated_noise_is_not_repeated():
@@ -248,6 +291,12 @@ def test_unwritable_run_folder(tmp_path, fails):
     fails(lambda: dmd.main(small_args(runs_dir=tmp_path / "runs")), "cannot write", "--runs-dir")
 
 
+def test_read_only_run_folder(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(common.os, "access", lambda path, mode: mode != common.os.W_OK)  # root may write anywhere
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path)), "cannot write", "read-only", "--runs-dir")
+    assert not any(tmp_path.iterdir())
+
+
 def test_incomplete_checkpoint(tmp_path, fails):
     dmd.main(small_args(runs_dir=tmp_path, steps=1))
     checkpoint = only_run(tmp_path) / "checkpoints" / "step_0000001"
@@ -272,15 +321,62 @@ def test_broken_teacher_weights(tmp_path, fails):
     assert not list(tmp_path.glob("runs/dmd__*"))
 
 
-def test_nan_stops_with_code_1_and_keeps_the_last_good_checkpoint(tmp_path, fails):
-    fails(
-        lambda: dmd.main(small_args(runs_dir=tmp_path, steps=20, save_every=1, lr=1e30)),
-        "at step", "last good checkpoint", code=1,
-    )  # fmt: skip
-    for path in (only_run(tmp_path) / "checkpoints").iterdir():
-        assert not path.name.endswith(".tmp")
-        for file in (path / "student" / "transformer").glob("*.safetensors"):
-            assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+def test_nan_stops_with_code_1_and_keeps_the_last_checkpoint(tmp_path, fails, monkeypatch):
+    calls, flow_loss = [], dmd.flow_loss
+
+    def breaks(*args):
+        calls.append(None)
+        return flow_loss(*args) * (float("nan") if len(calls) == 4 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dmd, "flow_loss", breaks)
+        run = lambda: dmd.main(small_args(runs_dir=tmp_path / "broken", steps=5, save_every=1))  # noqa: E731
+        fails(run, "loss/fake_score is nan at step 3", "last checkpoint is", "step_0000003", code=1)
+    checkpoints = sorted(path.name for path in (only_run(tmp_path / "broken") / "checkpoints").iterdir())
+    assert checkpoints == ["step_0000001", "step_0000002", "step_0000003"]
+    dmd.main(small_args(runs_dir=tmp_path / "broken", steps=5, resume="latest"))  # it is whole, and good
+    dmd.main(small_args(runs_dir=tmp_path / "unbroken", steps=5))
+    assert same(student_weights(tmp_path / "broken", 5), student_weights(tmp_path / "unbroken", 5))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, fails, monkeypatch):
+    save, calls = common.dcp.save, []
+
+    def full(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(common.dcp, "save", full)
+    run = lambda: dmd.main(small_args(runs_dir=tmp_path, save_every=1))  # noqa: E731
+    fails(run, "cannot write", "step_0000002", "No space left", "last checkpoint is", "step_0000001", code=1)
+    (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
+    common.check_checkpoint(checkpoint)
+
+
+def test_resume_does_not_mix_with_later_checkpoints(tmp_path, fails):
+    dmd.main(small_args(runs_dir=tmp_path, save_every=1))
+    checkpoints = only_run(tmp_path) / "checkpoints"
+    resume = small_args(runs_dir=tmp_path, resume=str(checkpoints / "step_0000001"))
+    fails(lambda: dmd.main(resume), "goes on to step_0000003", "later than step_0000001")
+    assert len(list(checkpoints.iterdir())) == 3
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    folder = tmp_path / "dmd__tiny__0__20260101-000000"
+    made = [common.unused_folder(folder) for _ in range(3)]
+    assert [path.name for path in made] == [folder.name, f"{folder.name}-2", f"{folder.name}-3"]
+    assert all(path.is_dir() for path in made)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("checkpoints/step_0000001/checkpoint.json", "{}"), ("args.json", "[1]")]
+)
+def test_damaged_records(tmp_path, fails, name, content):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1))
+    (only_run(tmp_path) / name).write_text(content)
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, resume="latest")), Path(name).name)
 
 
 def test_a_wan_preset_offline_names_the_repository(tmp_path, fails, monkeypatch):
