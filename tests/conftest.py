@@ -43,7 +43,7 @@ def popen(processes=1, script=dmd, **flags):
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return subprocess.Popen(
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import random
 import shutil
 import signal
@@ -154,17 +153,19 @@ def test_sigterm_saves_and_a_run_folder_resumes(tmp_path, capsys):
     assert f"resuming with --steps {step + 1}, it was 1000" in capsys.readouterr().out
 
 
-def test_ctrl_c_under_torchrun_saves_though_every_process_hears_it_twice(tmp_path):
-    """A terminal signals the whole group, and torchrun passes its own signal on to the processes."""
-    running = popen(2, runs_dir=tmp_path, steps=1000, save_every=1000)
+def test_ctrl_c_saves_though_torchrun_repeats_it(tmp_path):
+    """A terminal signals the whole group, and torchrun passes its own signal on to its processes."""
+    running = popen(runs_dir=tmp_path, steps=1000, save_every=1000)
     while not list(tmp_path.glob("dmd__*/events*")) and running.poll() is None:
         time.sleep(0.05)
     time.sleep(3)
-    os.killpg(running.pid, signal.SIGINT)
+    for _ in range(3):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.02)
     _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGINT and "Traceback" not in err
     (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
-    assert common.check_checkpoint(checkpoint)["world_size"] == 2
-    assert "[rank0]" not in err and "[rank1]" not in err  # no traceback of ours
+    common.check_checkpoint(checkpoint)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
