@@ -154,8 +154,8 @@ def predict_x0(model, x_t, sigma, cond):
 
 
 def guided_x0(model, x_t, sigma, cond, null_cond, guidance_scale):
-    """Classifier-free guidance, both halves in one forward. null_cond holds one row."""
-    both = {key: torch.cat([null_cond[key].expand_as(cond[key]), cond[key]]) for key in cond}
+    """Classifier-free guidance, both halves in one forward. null_cond is one row; what it lacks is the same in both."""
+    both = {key: torch.cat([null_cond.get(key, x).expand_as(x), x]) for key, x in cond.items()}
     uncond, cond = predict_x0(model, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 

@@ -19,11 +19,13 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -75,6 +77,7 @@ WAN_CONFIGS = {
     "wan2.1-1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "wan2.1-14b": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
+TINY_CONFIG = {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 384, "text_dim": 32}  # the same of tiny's
 # lowest, and where there is one highest, value of every script's flags
 RANGES = {
     **dict.fromkeys(("steps", "student_every", "batch_size", "grad_accum", "num_pairs", "pair_steps"), (1,)),
@@ -116,7 +119,8 @@ def parse_args(Args, recipes):
         before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
         place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
         args = replace(args, **{**before, **place, "resume": None, "track": False})
-    return tyro.cli(Args, default=args)
+    shown = f"The values below are those of --teacher {args.teacher}; --teacher NAME --help shows another's."
+    return tyro.cli(Args, default=args, description=f"{Args.__doc__}\n\n{shown}")
 
 
 def with_recipe(Args, recipes, **flags):
@@ -126,14 +130,14 @@ def with_recipe(Args, recipes, **flags):
 
 
 def recipe_name(teacher):
-    """The name in TEACHERS of a teacher, also for a local copy of its folder; other folders keep their path."""
+    """The name in TEACHERS of a teacher, also for a folder with its config (a copy, a tiny one trained again); other
+    folders keep their path.
+    """
     config = Path(teacher) / "transformer" / "config.json"
     if teacher in TEACHERS or not config.is_file():
         return teacher
     config = read_json(config)
-    same = [name for name, known in WAN_CONFIGS.items() if known.items() <= config.items()]
-    if Path(teacher).resolve() == Path(TEACHERS["tiny"]).resolve():
-        same = ["tiny"]
+    same = [name for name, c in {"tiny": TINY_CONFIG, **WAN_CONFIGS}.items() if c.items() <= config.items()]
     return same[0] if same else teacher
 
 
@@ -252,6 +256,26 @@ def teacher_folder(teacher, *parts):
     return Path(source)
 
 
+def check_weights(folder):
+    """Raise one line unless a part's safetensors are there, and as long as their headers say."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise Fatal(f"{folder} holds no *.safetensors: not a complete copy, download it again")
+    for file in files:
+        with readable(file), safe_open(file, framework="pt"):
+            pass
+
+
+@contextmanager
+def readable(path):
+    """What is read in this block from a teacher's files ends in one line if it cannot be."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Fatal(f"cannot read {path} ({reason}): copy or download it again") from None
+
+
 class Wan(nn.Module):
     """Wan 2.1 text-to-video: cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
@@ -294,7 +318,9 @@ class Wan(nn.Module):
     def text_encoder(folder, device):
         """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        pipe = WanPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype).to(device)
+        with readable(folder):
+            pipe = WanPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+        pipe.to(device)
         length = Wan.text_length(folder)
 
         @torch.no_grad()
@@ -310,8 +336,9 @@ class Wan(nn.Module):
     @staticmethod
     def load_vae(folder, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtype).to(device)
-        return vae.requires_grad_(False)
+        with readable(folder / "vae"):
+            vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtype)
+        return vae.to(device).requires_grad_(False)
 
     @staticmethod
     @torch.no_grad()
@@ -348,6 +375,8 @@ class Teacher:
             vae, self.text_length = {}, 512
         else:
             self.folder = teacher_folder(teacher, "transformer", "vae", "tokenizer", "text_encoder")
+            for part in ("transformer", "vae", "text_encoder") if not offline else ():
+                check_weights(self.folder / part)
             self.config = read_json(self.folder / "transformer" / "config.json")
             if self.config.get("_class_name") not in FAMILIES:
                 raise Fatal(
@@ -366,6 +395,12 @@ class Teacher:
         if frames < 1 or (frames - 1) % time:
             raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
         self.latent_shape = (self.config["in_channels"], (frames - 1) // time + 1, height // space, width // space)
+        longest = max(size // p for size, p in zip(self.latent_shape[1:], patch, strict=True))
+        if longest > self.config.get("rope_max_seq_len", math.inf):
+            raise Fatal(
+                f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
+                f"embedding has {self.config['rope_max_seq_len']}: see --frames, --height, --width"
+            )
         self.world = tiny if recipe_name(teacher) == "tiny" else None
         if self.world and (frames, height, width) != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
             raise Fatal(
@@ -388,17 +423,19 @@ class Teacher:
             transformer = self.family.transformer_class.from_config(self.config)
         if lora_rank:
             transformer.add_adapter(self.lora_config(lora_rank, lora_alpha))
+        # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
+        buffers = {name: buffer.clone() for name, buffer in transformer.named_buffers()}
         network = self.family(transformer).to(dtype).requires_grad_(trained)
         if lora_rank:
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(trained and ".lora_" in name)
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         shard(network, device)
         network.to_empty(device=device)
-        for name, buffer in network.named_buffers():  # to_empty empties these too, and no file holds them
-            buffer.copy_(buffers[name])
+        for name, buffer in buffers.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(module), leaf, buffer.to(device))
         self.reset(network)
         return network
 
@@ -429,10 +466,8 @@ def put_weights(network, folder, dtype):
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
         for name in files or ["diffusion_pytorch_model.safetensors"]:
-            try:
+            with readable(folder / name):
                 weights |= {key: value.to(dtype) for key, value in load_file(folder / name).items()}
-            except (OSError, SafetensorError) as error:
-                raise Fatal(f"cannot read {folder / name} ({error}): copy or download it again") from None
         generator = torch.Generator().manual_seed(0)
         for key, parameter in network.transformer.state_dict().items():
             if ".base_layer." in key and key.replace(".base_layer.", ".") in weights:
@@ -826,7 +861,8 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
     are alive at once; experts: phases, all but the last of which leave a frozen expert (float32). Of a student with
     --lora-rank only the LoRA has gradients and optimizer. FLOPs are counted by PyTorch on meta tensors (a backward is
     two forwards, and one more with gradient checkpointing). The activation figure adds up what autograd saves in one
-    differentiated forward, in bf16; allocator slack and temporary buffers are not in it.
+    differentiated forward of the bf16 network with flash attention; allocator slack and temporary buffers are not in
+    it.
     """
     world_size = args["gpus"] or int(os.environ.get("WORLD_SIZE", 1))
     batch_size, grad_accum, checkpointing = args["batch_size"], args["grad_accum"], args["gradient_checkpointing"]
@@ -848,13 +884,20 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
 
     tokens = math.prod(teacher.latent_shape[1:]) // math.prod(teacher.config.get("patch_size", (1, 2, 2)))
 
-    def pack(tensor):  # each storage once; not the weights, nor the attention matrices, which fused kernels never keep
+    def pack(tensor):  # each storage once, and not the weights
         storage = tensor.untyped_storage()
-        if storage._cdata not in owned and tensor.numel() < tokens**2:
+        if storage._cdata not in owned:
             saved[storage._cdata] = storage
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def flash(query, key, value, **_):  # what a GPU runs; for meta tensors PyTorch would write the matrices out
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", flash),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         network(x_t, sigma, cond)
     flops, activations = counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
     if checkpointing:  # the input of every block, and one block's own
@@ -871,6 +914,13 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
         "one unsharded block": 2 * 2 * block,
         "activations": graphs * batch_size * activations,
     }
+    per_gpu = 4e14  # FLOP/s
+    seconds = step / world_size / per_gpu
+    pairs = args["num_pairs"] * args["pair_steps"] * 2 * flops if "num_pairs" in args and not args["pairs"] else 0
+    hours = {
+        "teacher pairs": pairs / world_size / per_gpu / 3600,
+        f"all {args['steps']:,} steps": args["steps"] * seconds / 3600,
+    }
     lines = [
         f"teacher             {teacher.name}: {parameters / 1e6:,.1f} M parameters, {copies}",
         f"latents             {' x '.join(map(str, teacher.latent_shape))} (c f h w), {tokens:,} tokens",
@@ -878,7 +928,8 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
         "memory per GPU      an estimate: float32 master weights and Adam, bf16 compute",
         *(f"  {name:<20}{size / gib:10.3f} GiB" for name, size in [*rows.items(), ("total", sum(rows.values()))]),
         f"FLOPs per step      {step:.3g}, {step / world_size:.3g} per GPU; {flops:.3g} a forward of one sample",
-        f"time per step       {step / world_size / 4e14:.3g} s if a GPU sustains 400 TFLOP/s: assumed, not measured",
+        f"time per step       {seconds:.3g} s if a GPU sustains 400 TFLOP/s: assumed, not measured",
+        *(f"  {name:<18}{time:.3g} hours" for name, time in hours.items() if time),
     ]
     print("\n".join(lines))
 
@@ -956,18 +1007,31 @@ class Shards:
             for key in ("tokens", "offsets", *keys):
                 if key not in shapes:
                     raise Fatal(f"shard {path} has no {key!r} (it has {', '.join(shapes)})")
-            n, width = shapes["offsets"][0] - 1, shapes["tokens"][1]
-            if width != teacher.text_dim:
-                raise Fatal(f"shard {path}: text embeddings are {width} wide, {teacher.name} takes {teacher.text_dim}")
+            offsets, tokens = file.get_tensor("offsets"), shapes["tokens"]
+            if offsets.ndim != 1 or offsets.dtype != torch.int64 or len(tokens) != 2:
+                raise Fatal(f"shard {path}: offsets must be int64 [n + 1] and tokens [t, d]; make it again")
+            n, offsets = len(offsets) - 1, offsets.tolist()
+            if offsets != sorted(offsets) or offsets[:1] != [0] or offsets[-1] != tokens[0]:
+                raise Fatal(f"shard {path}: offsets must rise from 0 to the {tokens[0]} tokens; make it again")
+            if tokens[1] != teacher.text_dim:
+                raise Fatal(
+                    f"shard {path}: text embeddings are {tokens[1]} wide, {teacher.name} takes {teacher.text_dim}"
+                )
             for key in keys:
                 if shapes[key] != (n, *teacher.latent_shape):
                     raise Fatal(
                         f"shard {path}: {key} are {shapes[key]}, expected {(n, *teacher.latent_shape)} "
                         "from --frames, --height, --width and the teacher's VAE"
                     )
-            self.prompts += json.loads((file.metadata() or {}).get("prompts", json.dumps([""] * n)))
+            try:
+                prompts = json.loads((file.metadata() or {}).get("prompts", json.dumps([""] * n)))
+            except ValueError:
+                prompts = None
+            if not isinstance(prompts, list) or len(prompts) != n or not all(isinstance(p, str) for p in prompts):
+                raise Fatal(f"shard {path}: metadata 'prompts' must be a JSON list of its {n} prompts; make it again")
+            self.prompts += prompts
             self.rows += [(len(self.files), row) for row in range(n)]
-            self.files.append((file, file.get_tensor("offsets").tolist()))
+            self.files.append((file, offsets))
         if not self.rows:
             raise Fatal(f"the shards in {folder} hold no samples")
 
@@ -1061,9 +1125,10 @@ def unused_folder(folder):
 
 
 def read_prompts(path):
-    """Prompts of a UTF-8 text file, one a line."""
+    """Prompts of a UTF-8 text file (with or without a byte order mark), one a line."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        text = Path(path).read_text(encoding="utf-8-sig")
+        prompts = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Fatal(f"cannot read the prompts in {path}: {reason}") from None
@@ -1079,7 +1144,7 @@ def encode_text(teacher, prompts, cache, device, chunk=1024):
 
     Ranks share the work. The text encoder is loaded only if something is missing and freed afterwards.
     """
-    config = (teacher.folder / "text_encoder" / "config.json").read_text()
+    config = json.dumps(read_json(teacher.folder / "text_encoder" / "config.json"))
     size = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted((teacher.folder / "text_encoder").iterdir())]
     key = hashed(prompts, config, str(size), teacher.text_length)
     folder = Path(cache) / f"text_{key:016x}"

@@ -69,7 +69,8 @@ class Args:
     regression_weight: float = 0.25
     """Weight of the regression on the teacher's pairs (paper, eq. 9)."""
     pairs: str | None = None
-    """Folder of noise-video pairs from tools/make_pairs.py. None: solve --num-pairs now and cache them."""
+    """Folder of noise-video pairs from tools/make_pairs.py, of whatever flags they were made with. None: solve
+    --num-pairs now and cache them."""
     num_pairs: int = 1024
     """How many pairs to solve when --pairs is not given."""
     pair_steps: int = 50
@@ -136,8 +137,8 @@ def predict_x0(model, x_t, sigma, cond):
 
 
 def guided_x0(model, x_t, sigma, cond, null_cond, guidance_scale):
-    """Classifier-free guidance, both halves in one forward. null_cond holds one row."""
-    both = {key: torch.cat([null_cond[key].expand_as(cond[key]), cond[key]]) for key in cond}
+    """Classifier-free guidance, both halves in one forward. null_cond is one row; what it lacks is the same in both."""
+    both = {key: torch.cat([null_cond.get(key, x).expand_as(x), x]) for key, x in cond.items()}
     uncond, cond = predict_x0(model, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 

@@ -105,3 +105,22 @@ def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
     fails(lambda: make_pairs.main(out, small_args(dry_run=True)), "--dry-run")
     fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(runs_dir=tmp_path)), "is a file")
     dmd.main(small_args(runs_dir=tmp_path, pairs=str(out), steps=1))
+
+
+def test_a_bf16_teacher_keeps_its_rotary_tables_in_float32():
+    spec = common.Teacher("tiny", 9, 32, 32)
+    networks = [spec.load_network(False, CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    low, high = (dict(network.named_buffers()) for network in networks)
+    assert low and all(torch.equal(low[name], high[name]) and low[name].dtype == torch.float32 for name in high)
+    assert {p.dtype for p in networks[0].parameters()} == {torch.bfloat16}
+
+
+def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
+    """Two ranks that solve the same pairs, or two runs that fill the same cache."""
+    from tools.metrics import written_aside
+
+    with written_aside(tmp_path / "0.safetensors") as first:
+        first.write_text("first")
+        with written_aside(tmp_path / "0.safetensors") as second:
+            second.write_text("second")
+    assert (tmp_path / "0.safetensors").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

@@ -65,6 +65,14 @@ def test_guidance():
     alone = dmd.guided_x0(model, x_t, sigma, cond, null, 1.0)
     torch.testing.assert_close(alone, dmd.predict_x0(model, x_t, sigma, cond))
 
+    # what is no prompt (the first frame of image-to-video) conditions both halves
+    def sees_image(x_t, sigma, cond):
+        return model(x_t, sigma, cond) + cond["image"]
+
+    image = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1, 1)
+    with_image = dmd.guided_x0(sees_image, x_t, sigma, cond | {"image": image}, null, 4.0)
+    torch.testing.assert_close(with_image, x0 - sigma.view(2, 1, 1, 1, 1) * image)
+
 
 def test_solver_maps_noise_to_the_gaussian():
     """The flow of N(m, s^2) takes z to m + s z exactly; Euler gets there at first order."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_the_same_run_twice(tmp_path, fails):
         dmd2.main(small_args(dmd2, runs_dir=tmp_path / time, steps=1, gan_weight=0.0))
     runs = tuple(str(path) for path in tmp_path.glob("*/dmd2__*"))
     fails(lambda: evidence.main(evidence.Args(runs=runs)), "the same run twice", "name one of them")
+
+
+def test_one_table_has_one_teacher(tmp_path, fails):
+    shutil.copytree(common.TEACHERS["tiny"], tmp_path / "teacher")
+    for teacher in ("tiny", str(tmp_path / "teacher")):
+        flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0}
+        dmd2.main(small_args(dmd2, **flags))
+    runs = tuple(str(path) for path in tmp_path.glob("dmd2__*"))
+    fails(lambda: evidence.main(evidence.Args(runs=runs)), "different teachers")
+    evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
 
 
 def test_a_folder_that_is_no_run(tmp_path, fails):

@@ -21,6 +21,7 @@ import dmd2
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 
 TEACHER = ROOT / "tiny" / "teacher"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def teacher_weights():
@@ -261,6 +262,12 @@ def test_bad_prompt_files(tmp_path, fails, text, words):
     assert not list(tmp_path.glob("runs/dmd__*"))
 
 
+def test_prompt_files_of_other_editors(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red\u2028circle\r\na blue square\r\n".encode())
+    assert common.read_prompts(path) == ["a red\u2028circle", "a blue square"]
+
+
 def make_shard(path, teacher, n=3, **changes):
     shape = (n, *teacher.latent_shape)
     tensors = {"latents": torch.randn(shape), "noise": torch.randn(shape)} | changes
@@ -284,6 +291,18 @@ def test_shards_train_and_bad_ones_are_named(tmp_path, fails, flag):
     fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "latents are (3, 16, 2, 2, 2)", "expected")
     save_file({"latents": torch.zeros(1)}, bad)
     fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "no 'tokens'")
+    whole = load_file(good)
+    for changes, prompts, words in (
+        ({"offsets": torch.tensor(3)}, '["", "", ""]', ["offsets must be int64"]),
+        ({"offsets": torch.tensor([0.0, 4, 8, 12])}, '["", "", ""]', ["offsets must be int64"]),
+        ({"tokens": torch.zeros(12)}, '["", "", ""]', ["tokens [t, d]"]),
+        ({"offsets": torch.tensor([0, 8, 4, 12])}, '["", "", ""]', ["rise from 0 to the 12"]),
+        ({"offsets": torch.tensor([0, 4, 8, 16])}, '["", "", ""]', ["rise from 0 to the 12"]),
+        ({}, '["", ""]', ["list of its 3 prompts"]),
+        ({}, "not JSON", ["list of its 3 prompts"]),
+    ):
+        save_file(whole | changes, bad, metadata={"prompts": prompts})
+        fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", *words)
     assert list(tmp_path.glob("runs/dmd__*")) == runs
 
 
@@ -308,18 +327,50 @@ def test_incomplete_checkpoint(tmp_path, fails):
     fails(lambda: dmd.main(small_args(runs_dir=tmp_path, resume=str(checkpoint))), "not a complete checkpoint")
 
 
-def test_broken_teacher_weights(tmp_path, fails):
-    folder = tmp_path / "teacher"
-    shutil.copytree(TEACHER, folder)
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    changes = {"teacher": str(folder), "prompts": str(tmp_path / "prompts.txt"), "runs_dir": str(tmp_path / "runs")}
-    flags = {**vars(small_args()), **changes}
-    fails(lambda: dmd.main(dmd.Args(**flags)), "diffusion_pytorch_model.safetensors", "download it again")
-    shutil.rmtree(folder / "vae")
-    fails(lambda: dmd.main(dmd.Args(**flags)), "no vae/ folder")
-    assert not list(tmp_path.glob("runs/dmd__*"))
+@pytest.fixture
+def copied_teacher(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "words"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "cut", ["download it again"]),
+        ("vae/diffusion_pytorch_model.safetensors", "cut", ["download it again"]),
+        ("text_encoder/model.safetensors", "cut", ["download it again"]),
+        ("vae/diffusion_pytorch_model.safetensors", "gone", ["vae holds no *.safetensors"]),
+        ("text_encoder/model.safetensors", "gone", ["text_encoder holds no *.safetensors"]),
+        ("text_encoder/config.json", "gone", ["teacher", "config.json"]),
+        ("tokenizer/tokenizer.json", "gone", ["cannot read", "teacher"]),
+        ("model_index.json", "gone", ["cannot read", "model_index.json"]),
+        ("vae", "gone", ["no vae/ folder"]),
+    ],
+)
+def test_broken_teachers(tmp_path, fails, copied_teacher, part, damage, words):
+    path = copied_teacher / part
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    args = small_args(teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"))
+    fails(lambda: dmd.main(args), Path(part).name if damage == "cut" else "teacher", *words)
+    assert not list(tmp_path.glob("runs/dmd__*")) and not list(tmp_path.glob("runs/cache/pairs*"))
+
+
+def test_a_copy_of_the_tiny_teacher_is_one(tmp_path, copied_teacher):
+    """Same recipe, same world: a teacher that was trained again is distilled by --teacher alone."""
+    args = small_args(teacher=str(copied_teacher), runs_dir=tmp_path, steps=1)
+    assert args.lr == dmd.RECIPES["tiny"]["lr"] and args.frames == 9
+    dmd.main(args)
+    assert not same(student_weights(tmp_path, 1), load_file(copied_teacher / WEIGHTS))
+
+
+def test_clips_longer_than_the_rotary_embedding(tmp_path, fails, copied_teacher):
+    flags = {"frames": 9, "height": 480, "width": 832, "prompts": __file__, "runs_dir": str(tmp_path)}
+    fails(lambda: dmd.main(small_args(teacher=str(copied_teacher), **flags)), "104 patches", "64", "--width")
 
 
 def test_nan_stops_with_code_1_and_keeps_the_last_checkpoint(tmp_path, fails, monkeypatch):
@@ -406,13 +457,49 @@ def test_dry_run_of_the_real_models(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_says_what_values_mean(capsys):
-    with pytest.raises(SystemExit):
-        import tyro
+def test_dry_run_counts_what_autograd_keeps(capsys, tmp_path):
+    """Activations of one forward, against the tensors that a bf16 network on the CPU keeps for its backward."""
+    spec, saved = common.Teacher("tiny", 9, 32, 32), {}
+    network = spec.load_network(True, torch.device("cpu"), dtype=torch.bfloat16)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
 
-        tyro.cli(dmd.Args, args=["--help"])
-    out = capsys.readouterr().out
-    assert "--guidance-scale" in out and "uncond + g" in out.replace("\n", " ")
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(1, *spec.latent_shape), torch.rand(1), {"text": torch.randn(1, 16, 32)})
+    expected = 256 * sum(storage.nbytes() for storage in saved.values()) / 1024**3
+    dmd.main(small_args(dry_run=True, batch_size=256, runs_dir=tmp_path))
+    printed = float(capsys.readouterr().out.split("activations")[1].split()[0])
+    assert printed == pytest.approx(expected, rel=0.02)
+
+
+def test_dry_run_counts_the_whole_run(capsys, tmp_path):
+    """Hours are those of all steps, and of the teacher's pairs before them, unless they are given."""
+    flags = {"teacher": "wan2.1-1.3b", "dry_run": True, "runs_dir": tmp_path, "steps": 3600, "num_pairs": 100}
+    for pairs in (None, "pairs/"):
+        dmd.main(common.with_recipe(dmd.Args, dmd.RECIPES, pairs=pairs, **flags))
+        out = capsys.readouterr().out
+        forward = float(out.split("per GPU; ")[1].split()[0])
+        step = float(out.split("time per step")[1].split()[0])
+        assert float(out.split("all 3,600 steps")[1].split()[0]) == pytest.approx(step, rel=0.01)
+        if not pairs:
+            hours = float(out.split("teacher pairs")[1].split()[0])
+            assert hours == pytest.approx(100 * 50 * 2 * forward / 4e14 / 3600, rel=0.01)
+    assert "teacher pairs" not in out
+
+
+@pytest.mark.parametrize(("teacher", "lr"), [("tiny", "0.001"), ("wan2.1-1.3b", "2e-06")])
+def test_help_says_what_values_mean_and_whose_they_are(capsys, monkeypatch, teacher, lr):
+    monkeypatch.setattr(sys, "argv", ["dmd.py", "--teacher", teacher, "--help"])
+    with pytest.raises(SystemExit):
+        common.parse_args(dmd.Args, dmd.RECIPES)
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--guidance-scale" in out and "uncond + g" in out
+    assert f"The values below are those of --teacher {teacher}" in out and f"(default: {lr})" in out
 
 
 # -------------------------------------------------------------------------------------------------------------- resume

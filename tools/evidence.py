@@ -185,6 +185,9 @@ def main(args):
     for folder, (_, run_args, _) in zip(args.runs, loaded, strict=True):
         if common.recipe_name(run_args.teacher) != "tiny":
             raise common.Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
+        first = loaded[0][1]
+        if common.teacher_folder(run_args.teacher).resolve() != common.teacher_folder(first.teacher).resolve():
+            raise common.Fatal(f"{folder} and {args.runs[0]} have different teachers: one table, one teacher")
     labels, seen = [], {}
     for folder, (script, run_args, checkpoint) in zip(args.runs, loaded, strict=True):
         labels.append(label(script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]))
@@ -193,8 +196,7 @@ def main(args):
         if other != folder:
             raise common.Fatal(f"{folder} and {other} are the same run twice (seed {run_args.seed}): name one of them")
     _, _, device = common.init_distributed()
-    _, first, _ = loaded[0]
-    spec = common.Teacher("tiny", first.frames, first.height, first.width)
+    spec = common.Teacher(first.teacher, first.frames, first.height, first.width)
     captions = common.encode_text(spec, tiny.CAPTIONS, Path(first.runs_dir) / "cache", device)
     null_cond = common.encode_text(spec, [spec.negative_prompt], Path(first.runs_dir) / "cache", device).cond_of([0])
     vae = spec.family.load_vae(spec.folder, device)

@@ -29,9 +29,12 @@ def main(out, args):
     data = common.load_data(spec, args.prompts, args.data, cache, device, args.seed)
     key, note = dmd.pairs_key(args, spec, data), Path(out) / "key.txt"
     common.make_folder(out)
-    if note.is_file() and note.read_text() != str(key):
+    said = [note.read_text() if note.is_file() else None]
+    common.dist.broadcast_object_list(said)
+    if said[0] not in (None, str(key)):
         raise common.Fatal(f"{out} holds pairs of other settings (teacher, prompts or flags): give another folder")
-    note.write_text(str(key))
+    if common.dist.get_rank() == 0:
+        note.write_text(str(key))
     null_cond = common.encode_text(spec, [spec.negative_prompt], cache, device).cond_of([0])
     teacher = spec.load_network(trained=False, device=device)
     pairs = dmd.solve_pairs(args, spec, teacher, data, null_cond, device, Path(out))

@@ -75,7 +75,7 @@ def read_clip(path, frames, height, width, fps):
 
 def read_caption(path):
     try:
-        caption = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())
+        caption = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise common.Fatal(f"{path} has no caption {path.with_suffix('.txt').name} beside it: {error}") from None
     if not caption:

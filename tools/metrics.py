@@ -6,6 +6,7 @@ of tensors and returns Python floats. Previews and evaluation use the same funct
 
 import math
 import os
+import secrets
 import textwrap
 import unicodedata
 from contextlib import contextmanager
@@ -174,9 +175,12 @@ def preview_metrics(clips_by_prompt):
 
 @contextmanager
 def written_aside(path):
-    """Yield a hidden path beside `path`; rename it to `path` when the block succeeds, remove it when it does not."""
+    """Yield a hidden path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
+
+    Nobody else has that path: processes that write the same file do not disturb each other, the last one stands.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")
     try:
         yield aside
         os.replace(aside, path)
