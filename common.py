@@ -280,6 +280,7 @@ class Wan(nn.Module):
     """Wan 2.1 text-to-video: cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
     transformer_class = WanTransformer3DModel
+    fps = 16
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     # a constant of the model: the negative prompt of diffusers' Wan examples, which is Wan's own in English
     negative_prompt = (
@@ -308,6 +309,28 @@ class Wan(nn.Module):
         timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936
         v = self.transformer(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0]
         return v.float()
+
+    @staticmethod
+    def shapes(config, vae, frames, height, width):
+        """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of this size in pixels; one line if it has none.
+
+        config and vae are the dicts of the transformer's and the VAE's config.json.
+        """
+        time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        patch = config.get("patch_size", (1, 2, 2))
+        for name, pixels, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
+            if pixels < step or pixels % step:
+                raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {pixels}")
+        if frames < 1 or (frames - 1) % time:
+            raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
+        shape = (config["in_channels"], (frames - 1) // time + 1, height // space, width // space)
+        longest = max(size // p for size, p in zip(shape[1:], patch, strict=True))
+        if longest > config.get("rope_max_seq_len", math.inf):
+            raise Fatal(
+                f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
+                f"embedding has {config['rope_max_seq_len']}: see --frames, --height, --width"
+            )
+        return shape, patch
 
     @staticmethod
     def text_length(folder):
@@ -387,26 +410,13 @@ class Teacher:
             vae = read_json(self.folder / "vae" / "config.json")
             self.text_length = self.family.text_length(self.folder)
         self.text_dim = self.config["text_dim"]
-        time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-        patch = self.config.get("patch_size", (1, 2, 2))
-        for name, pixels, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
-            if pixels < step or pixels % step:
-                raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {pixels}")
-        if frames < 1 or (frames - 1) % time:
-            raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
-        self.latent_shape = (self.config["in_channels"], (frames - 1) // time + 1, height // space, width // space)
-        longest = max(size // p for size, p in zip(self.latent_shape[1:], patch, strict=True))
-        if longest > self.config.get("rope_max_seq_len", math.inf):
-            raise Fatal(
-                f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
-                f"embedding has {self.config['rope_max_seq_len']}: see --frames, --height, --width"
-            )
+        self.latent_shape, self.patch = self.family.shapes(self.config, vae, frames, height, width)
         self.world = tiny if recipe_name(teacher) == "tiny" else None
         if self.world and (frames, height, width) != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
             raise Fatal(
                 f"the tiny world is {tiny.FRAMES} frames of {tiny.SIZE} x {tiny.SIZE}: --frames, --height, --width"
             )
-        self.fps = tiny.FPS if self.world else 16
+        self.fps = tiny.FPS if self.world else self.family.fps
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
     def load_network(self, trained, device, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0):
@@ -882,7 +892,7 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
     block = sum(p.numel() for p in network.blocks[0].parameters())
     owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
-    tokens = math.prod(teacher.latent_shape[1:]) // math.prod(teacher.config.get("patch_size", (1, 2, 2)))
+    tokens = math.prod(teacher.latent_shape[1:]) // math.prod(teacher.patch)
 
     def pack(tensor):  # each storage once, and not the weights
         storage = tensor.untyped_storage()
@@ -901,9 +911,8 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
         network(x_t, sigma, cond)
     flops, activations = counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
     if checkpointing:  # the input of every block, and one block's own
-        width = teacher.config["num_attention_heads"] * teacher.config["attention_head_dim"]
         layers = len(network.blocks)
-        activations = layers * tokens * width * 2 + activations / layers
+        activations = layers * tokens * network.width * 2 + activations / layers
     samples = batch_size * grad_accum * world_size
     step = samples * flops * (forwards + (2 + checkpointing) * backwards)
     gib = 1024**3

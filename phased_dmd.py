@@ -112,7 +112,7 @@ class Args:
     preview_prompts: int = 4
     """Prompts in a preview: the first ones of the data."""
     preview_seeds: int = 4
-    """Samples of each prompt in a preview."""
+    """Samples of each prompt in a preview; contact sheet and mp4s show the first four."""
     teacher_steps: int = 50
     """Euler steps of the teacher's samples that previews are compared with."""
     track: bool = False
