@@ -312,7 +312,7 @@ class Wan(nn.Module):
 
     @staticmethod
     def shapes(config, vae, frames, height, width):
-        """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of this size in pixels; one line if it has none.
+        """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; one line if it has none.
 
         config and vae are the dicts of the transformer's and the VAE's config.json.
         """
