@@ -774,7 +774,7 @@ class Run:
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             self.close()
             shutil.rmtree(aside, ignore_errors=True)
-            reason, last = str(error).strip().splitlines()[-1], latest_checkpoint(self.folder)
+            reason, last = (str(error).strip() or repr(error)).splitlines()[-1], latest_checkpoint(self.folder)
             raise Fatal(f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}", code=1) from None
         if self.rank == 0:
             for old in sorted(final.parent.glob("step_*"))[: -self.keep] if self.keep else []:
