@@ -93,12 +93,15 @@ RANGES = {
 
 
 class Fatal(SystemExit):
-    """A line for the user on standard error, and an exit code: 2 for bad input, 1 for a run that broke."""
+    """A line for the user on standard error, and an exit code: 2 for bad input, 1 for a run that broke.
 
-    def __init__(self, message, code=2):
+    Printed once a machine; with alone=True by every process that raises it, as what only one of them can meet.
+    """
+
+    def __init__(self, message, code=2, alone=False):
         super().__init__(code)
         self.message = message
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -551,28 +554,23 @@ def load_init(path, networks):
     """Start networks from a checkpoint (or the newest one of a run folder) of any script, or from a student alone.
 
     networks: dict of "student", "fake_score" and perhaps "ema". What the checkpoint lacks keeps the teacher's weights,
-    and an average starts at the student; both are said. What only the checkpoint has is ignored.
+    and an average starts at the student; both are said. What only the checkpoint has is ignored. Of a run with phases
+    one expert must be named, by its folder: student/transformer, student/transformer_2, …
     """
     path = Path(path)
     if not path.is_dir():
         raise Fatal(f"--init: no such folder {path}")
     path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    experts = path / "student" if (path / "checkpoint.json").is_file() else path
+    if (experts / "transformer_2").is_dir():
+        raise Fatal(f"--init: {path} has an expert a phase: name one, {experts / 'transformer'} or transformer_2, …")
     if (path / "checkpoint.json").is_file():
         check_checkpoint(path)
-        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-        known, state = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
-        state = {key: value for key, value in state.items() if key in known}
-        for key, value in state.items():
-            if known[key].size != value.shape:
-                raise Fatal(f"--init {path}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
-        found = {name for name in networks if any(key.startswith(f"{name}.") for key in state)}
-        dcp.load(state, storage_reader=reader)
-        for name in found:
-            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            set_model_state_dict(networks[name], own, options=StateDictOptions(strict=False))
-    elif (path / "transformer").is_dir():
+        found = load_networks(path, networks)
+    elif (path / "transformer").is_dir() or (path / "diffusion_pytorch_model.safetensors").is_file():
         found = {"student"}
-        put_weights(networks["student"], path / "transformer", torch.float32)
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        put_weights(networks["student"], folder, torch.float32)
     else:
         found = set()
     if "student" not in found:
@@ -584,6 +582,30 @@ def load_init(path, networks):
             "; it has no fake score, which starts from the teacher" if "fake_score" in networks.keys() - found else ""
         )
         print(f"starting from {', '.join(sorted(found))} of {path}{kept}")
+
+
+def load_networks(checkpoint, networks):
+    """Fill those of the networks, a dict by name, that a checkpoint has; returns their names.
+
+    A network is there as a whole or not at all, but for its discriminator, which may be new.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
+    known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
+    found = {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
+    state = {key: value for key, value in wanted.items() if key in known}
+    for key, value in wanted.items():
+        if key in known and known[key].size != value.shape:
+            raise Fatal(f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
+        if key not in known and key.split(".")[0] in found and ".discriminator." not in key:
+            raise Fatal(
+                f"--init {checkpoint}: it has no {key}; one of the two has a LoRA. Pass "
+                f"{checkpoint / 'student' / 'transformer'}, where it is merged"
+            )
+    dcp.load(state, storage_reader=reader)
+    for name in found:
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        set_model_state_dict(networks[name], own, options=StateDictOptions(strict=False))
+    return found
 
 
 def flat_state(networks, optimizers):
@@ -1106,21 +1128,23 @@ def shared_chunks(folder, total, size):
 
 def write_pairs(folder, data, numbers, cond, noise, latents):
     """Write one shard of teacher pairs, named by its first sample's number."""
-    # padding is zero, and no embedding of a real token is
-    texts = [text[: int(text.abs().sum(-1).count_nonzero())].cpu() for text in cond["text"]]
     prompts = [data.prompt(number) for number in numbers]
-    write_shard(
-        Path(folder) / f"{numbers[0]:08d}.safetensors", prompts, texts, noise=noise.cpu(), latents=latents.cpu()
-    )
+    path = Path(folder) / f"{numbers[0]:08d}.safetensors"
+    write_shard(path, prompts, unpadded(cond["text"]), noise=noise.cpu(), latents=latents.cpu())
 
 
-def make_folder(folder):
+def unpadded(text):
+    """Padded embeddings [b, l, d] -> list of b [tokens, d] on the CPU: padding is zero, and no real token's is."""
+    return [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in text]
+
+
+def make_folder(folder, hint="; see --runs-dir"):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
-        raise Fatal(f"cannot write the folder {folder}: {error.strerror}; see --runs-dir") from None
+        raise Fatal(f"cannot write the folder {folder}: {error.strerror}{hint}") from None
 
 
 def unused_folder(folder):

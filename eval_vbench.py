@@ -121,6 +121,8 @@ def check(args):
             raise common.Fatal(f"{args.features_folder} holds a model of type {kind!r}, not {args.features}")
     if args.vbench_python and not Path(args.vbench_python).is_file():
         raise common.Fatal(f"--vbench-python: no such file {args.vbench_python}; make vbench-env builds one")
+    if args.vbench_python and not os.access(args.vbench_python, os.X_OK):
+        raise common.Fatal(f"--vbench-python: {args.vbench_python} is no program; make vbench-env builds one")
     if args.compare and not (args.compare / "config.json").is_file():
         raise common.Fatal(f"--compare: {args.compare} is not an evaluation (no config.json)")
     if args.command in ("score", "report") and not (args.out / "config.json").is_file():
@@ -131,8 +133,9 @@ def check(args):
 
 def vbench_python(args):
     """Python of VBench's environment, or None."""
-    default = Path(__file__).parent / ".venv-vbench/bin/python"
-    return args.vbench_python or (str(default) if default.is_file() else None)
+    default = Path(__file__).resolve().parent / ".venv-vbench/bin/python"
+    # not resolved: a virtual environment's python is a link
+    return os.path.abspath(args.vbench_python) if args.vbench_python else (str(default) if default.is_file() else None)
 
 
 def read_prompt_list(args, teacher):
@@ -244,10 +247,28 @@ def configuration(args, script, run_args, checkpoint, spec, device, items):
     }  # fmt: skip
 
 
+def read_record(folder):
+    """config.json of an evaluation's folder."""
+    record = common.read_json(folder / "config.json")
+    if not {"hash", "config", "items", "vbench_list"} <= record.keys() or "prompts" not in record["config"]:
+        raise common.Fatal(f"{folder} is no evaluation: its config.json is of something else")
+    return record
+
+
+def read_video(path, bar=None):
+    """The frames of an evaluation's video, [3, f, h, w] in [0, 1]; closes the bar before it complains."""
+    try:
+        return metrics.read_mp4(path)
+    except ValueError as error:
+        if bar:
+            bar.close()
+        raise common.Fatal(f"{error}: delete it and generate it again", code=1, alone=True) from None
+
+
 def refuse_mixed(out, record, rows):
     """One line for a file that is no video of the list, or a manifest row of another configuration."""
     known = {file for item in record["items"] for file in item["files"]}
-    if strays := sorted({path.name for path in (out / "videos").iterdir()} - known):
+    if strays := sorted({path.name for path in (out / "videos").glob("*")} - known):
         raise common.Fatal(f"{out / 'videos'} holds {strays[0]!r}, no video of this list ({len(strays)} such): move it")
     if mixed := [row["file"] for row in rows.values() if row["config"] != record["hash"]]:
         raise common.Fatal(f"the manifest in {out} mixes configurations ({mixed[0]!r}): generate into another --out")
@@ -257,7 +278,7 @@ def open_folder(args, record):
     """On rank 0: make the folder, or check that what is in it belongs to this configuration. Returns the rows."""
     before, videos = args.out / "config.json", args.out / "videos"
     if before.is_file():
-        known = common.read_json(before)["config"]
+        known = read_record(args.out)["config"]
         differ = [k for k in sorted({*known, *record["config"]}) if known.get(k) != record["config"].get(k)]
         if differ:
             raise common.Fatal(
@@ -265,7 +286,7 @@ def open_folder(args, record):
             )
     elif args.out.is_dir() and any(args.out.iterdir()):
         raise common.Fatal(f"{args.out} is not empty and no evaluation (no config.json): use another --out")
-    common.make_folder(videos)
+    common.make_folder(videos, hint="; see --out")
     for leftover in videos.glob(".*.mp4.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
     rows = manifest(args.out).merge()
@@ -335,7 +356,7 @@ def generate(args):
                 metrics.write_mp4(args.out / "videos" / file, video, spec.fps)
             except (OSError, ValueError, RuntimeError) as error:
                 bar.close()
-                raise common.Fatal(f"cannot write {file!r} (entry {item['entry']}): {error}", code=1) from None
+                raise common.Fatal(f"cannot write {file!r} (entry {item['entry']}): {error}", 1, alone=True) from None
             book.append({
                 "file": file, "entry": item["entry"], "sample": j, "prompt": item["prompt"], "fed": item["fed"],
                 "seed": seeds[j - chunk[0]], "bytes": (args.out / "videos" / file).stat().st_size,
@@ -419,7 +440,7 @@ def feature_diversity(features):
 def own_metrics(args, record, items, found):
     """Our metrics of every prompt whose row is not there yet, into scores/proxies.jsonl, every rank its share."""
     rank, world, device = common.init_distributed()
-    common.make_folder(args.out / "scores")
+    common.make_folder(args.out / "scores", hint="; see --out")
     book = Ledger(args.out / "scores", "proxies", "prompt", lambda row: row["entry"])
     extract = feature_model(args.features, args.features_folder, device) if args.features != "none" else None
     if rank == 0:
@@ -434,13 +455,13 @@ def own_metrics(args, record, items, found):
         wanted = f"diversity_{args.features}"
         if not files or (old["files"] == files and (extract is None or wanted in old["values"] or len(files) < 2)):
             continue
-        clips = [metrics.read_mp4(args.out / "videos" / file) for file in files]
+        clips = [read_video(args.out / "videos" / file, bar) for file in files]
         for file, clip in zip(files, clips):
             if clip.shape[1] != record["config"]["frames"]:
                 bar.close()
                 whole = record["config"]["frames"]
                 raise common.Fatal(
-                    f"{file!r} has {clip.shape[1]} of {whole} frames: delete it and generate it again", 1
+                    f"{file!r} has {clip.shape[1]} of {whole} frames: delete it and generate it again", 1, alone=True
                 )
         clips = torch.stack(clips)
         values = old["values"] if old["files"] == files else measure(clips, record["config"]["fps"])
@@ -458,7 +479,7 @@ def own_metrics(args, record, items, found):
 
 def score(args):
     """Our metrics, then VBench's dimensions in turn, each into scores/<dimension>.json. Returns the rejected ones."""
-    record = common.read_json(args.out / "config.json")
+    record = read_record(args.out)
     items, found, _, _ = complete_set(args, record)
     rank, world, _ = common.init_distributed()
     own_metrics(args, record, items, found)
@@ -632,7 +653,7 @@ def markdown(results, other):
 
 def compared(args, config):
     """config.json of --compare, None without it; one line if it is of other prompts than this configuration."""
-    known = common.read_json(args.compare / "config.json") if args.compare else None
+    known = read_record(args.compare) if args.compare else None
     if known and known["config"]["prompts"] != config["prompts"]:
         raise common.Fatal(f"--compare: {args.compare} is of other prompts")
     return known
@@ -640,7 +661,7 @@ def compared(args, config):
 
 def report(args):
     """Write results.json, results.md and contact sheets from what is there. On rank 0 alone."""
-    record = common.read_json(args.out / "config.json")
+    record = read_record(args.out)
     known, results, other = compared(args, record["config"]), collect(args, record), None
     shown = [(record["config"]["role"], args.out / "videos")]
     if known:
@@ -650,7 +671,7 @@ def report(args):
     for item in select(record["items"], args)[: args.sheets]:
         rows = []
         for label, folder in shown:
-            clips = [metrics.read_mp4(folder / file) for file in item["files"][:5] if (folder / file).is_file()]
+            clips = [read_video(folder / file) for file in item["files"][:5] if (folder / file).is_file()]
             rows += [(f"{item['prompt']}: {label}", clips)] if clips else []
         if rows:
             metrics.contact_sheet(args.out / "sheets" / f"{item['entry']:04d}.png", rows, frames=8)

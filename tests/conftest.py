@@ -61,6 +61,13 @@ def stopped(monkeypatch, step, run):
             run()
 
 
+def recorded(monkeypatch, module, name):
+    """The arguments of every call of module.name from now on, a list of tuples that grows."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.append(args), function(*args, **kwargs))[1])
+    return calls
+
+
 def only_run(runs_dir, script=dmd):
     (run,) = Path(runs_dir).glob(f"{script.__name__}__*")
     return run

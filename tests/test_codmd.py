@@ -10,7 +10,7 @@ import torch
 
 import codmd
 import dmd2
-from tests.conftest import ROOT, same, small_args, student_weights
+from tests.conftest import ROOT, recorded, same, small_args, student_weights
 from tests.gathered import student_gradient
 from tools import codmd_cells
 
@@ -105,6 +105,13 @@ def test_sample_relations_do_not_depend_on_the_ranks(tmp_path, world):
     summed, own = torch.load(path, weights_only=True)
     torch.testing.assert_close(summed, student_gradient(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(own, student_gradient() / world, atol=1e-6, rtol=1e-4)
+
+
+def test_each_weight_goes_to_its_relation(tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, codmd, "relation_loss")
+    flags = {"sample_relation": 2.0, "frame_relation": 3.0, "relation_temperature": 0.2, "gan_weight": 0.0}
+    codmd.main(small_args(codmd, runs_dir=tmp_path, steps=1, **flags))
+    assert [args[3:] for args in calls] == [(2.0, 3.0, 0.2)]
 
 
 def test_relation_weight_0_is_dmd2(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 import common
 import dfd
 import dmd2
-from tests.conftest import only_run, same, small_args, student_weights
+from tests.conftest import distance, only_run, popen, same, small_args, student_weights
 from tests.exact import COND, Gaussian, draws
 
 SCORE_SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -123,3 +123,14 @@ def test_prompts_alone_are_not_enough(tmp_path, fails):
     prompts.write_text("a red circle\n")
     flags = {"prompts": str(prompts), "from_scratch": True, "student_input": "simulate", "runs_dir": tmp_path}
     fails(lambda: dfd.main(small_args(dfd, **flags)), "--data-prob needs clips")
+
+
+def test_two_ranks_toss_one_coin(tmp_path):
+    flags = {"steps": 6, "student_every": 1, "gan_weight": 0.0, "from_scratch": True, "data_prob": 0.5}
+    two = popen(2, dfd, runs_dir=tmp_path / "two", batch_size=1, **flags)
+    dfd.main(small_args(dfd, runs_dir=tmp_path / "one", **flags))
+    dfd.main(small_args(dfd, runs_dir=tmp_path / "none", **{**flags, "data_prob": 0.0}))
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err[-3000:]
+    one, two, none = (student_weights(tmp_path / name, 6, dfd) for name in ("one", "two", "none"))
+    assert distance(two, one) < 0.02 * distance(none, one)

@@ -10,7 +10,7 @@ from torch import nn
 import common
 import dmd
 import dmd2
-from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
+from tests.conftest import distance, only_run, popen, recorded, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, draws
 
 SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
@@ -160,6 +160,25 @@ def test_the_students_gan_loss_does_not_train_the_fake_score(tmp_path):
         dmd2.main(small_args(dmd2, runs_dir=tmp_path / str(gan_weight), **flags))
         fake_scores.append(part(state_of(tmp_path / str(gan_weight), 1, dmd2), "fake_score"))
     assert same(*fake_scores)
+
+
+def test_main_passes_on_guidance_and_the_discriminators_noise(tmp_path, monkeypatch):
+    guided, noised = recorded(monkeypatch, dmd2, "guided_x0"), recorded(monkeypatch, dmd2, "add_noise")
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, guidance_scale=3.5, gan_weight=0.1))
+    assert [args[5] for args in guided] == [3.5]
+    fake, real = noised[-2:]  # of the fake score's step: both clips at one noise
+    assert fake[1] is real[1] and fake[2] is real[2] and fake[0] is not real[0]
+
+
+def test_the_students_gan_loss_has_its_weight(tmp_path):
+    """One update: next to nothing at 1e-9, something else at 1."""
+    weights = []
+    for gan_weight in (0.0, 1e-9, 1.0):
+        flags = {"runs_dir": tmp_path / str(gan_weight), "steps": 1, "ema_decay": 0.0, "gan_weight": gan_weight}
+        dmd2.main(small_args(dmd2, **flags))
+        weights.append(student_weights(tmp_path / str(gan_weight), 1, dmd2))
+    none, little, much = weights
+    assert distance(little, none) < 0.01 * distance(much, none)
 
 
 def test_no_gan_needs_no_clips(tmp_path, fails):

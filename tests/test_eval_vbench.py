@@ -508,6 +508,38 @@ def test_what_does_not_belong_is_refused(whole, run, tmp_path, fails):
         fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), "mixes configurations", rows[0]["file"])
 
 
+def test_damaged_videos_and_folders_are_one_line(whole, run, tmp_path, fails):
+    out, flags = tmp_path / "out", {"prompts": str(whole.parent / "prompts.txt")}
+    shutil.copytree(whole, out)
+    rows, _ = contents(out)
+    first = out / "videos" / rows[0]["file"]
+    first.write_bytes(bytes(rows[0]["bytes"]))  # as long as before, and no video
+    (out / "scores" / "proxies.jsonl").unlink()
+    for command in ("score", "report"):
+        fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), rows[0]["file"], "generate it", code=1)
+    shutil.rmtree(out / "videos")
+    fails(lambda: eval_vbench.main(args(run, out, "score", **flags)), "12 of 12 videos are missing")
+    (out / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    fails(lambda: eval_vbench.main(args(run, out, "report", **flags)), "is no evaluation")
+    fails(lambda: eval_vbench.main(args(run, out, "generate", **flags)), "is no evaluation")
+    fails(lambda: eval_vbench.main(args(run, whole, "report", **flags, compare=out)), "is no evaluation")
+
+
+def test_vbenchs_python_may_be_a_relative_path(tmp_path, monkeypatch):
+    """It is started in another folder; and it stays the link that a virtual environment needs."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert eval_vbench.vbench_python(Args("score", tmp_path, vbench_python="python")) == str(tmp_path / "python")
+
+
+def test_prompts_with_line_separators_of_unicode(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red\u2028circle\na blue\x85square\n", encoding="utf-8")
+    flags = {"prompts": str(tmp_path / "prompts.txt"), "samples": 1}
+    for _ in range(2):
+        eval_vbench.main(args(run, tmp_path / "out", **flags))
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
 def test_other_words_for_the_model(run, tmp_path, fails):
     """--gen-prompts changes what is fed, never the file's name; the samples differ."""
     (tmp_path / "list.txt").write_text("a red circle\na blue square\n")
@@ -539,6 +571,7 @@ def test_other_words_for_the_model(run, tmp_path, fails):
         ({"command": "score"}, "run generate first"),
         ({"features": "clip"}, "--features-folder go together"),
         ({"vbench_python": "nowhere"}, "no such file nowhere"),
+        ({"vbench_python": str(ROOT / "README.md")}, "README.md is no program"),
         ({"compare": Path("nowhere")}, "is not an evaluation"),
         ({"prompts": "nowhere.txt"}, "cannot read the prompts"),
         ({"vbench_info": "nowhere.json"}, "cannot read VBench's prompts"),

@@ -103,6 +103,8 @@ def test_one_table_has_one_teacher(tmp_path, fails):
     runs = tuple(str(path) for path in tmp_path.glob("dmd2__*"))
     fails(lambda: evidence.main(evidence.Args(runs=runs)), "different teachers")
     evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
+    (tmp_path / "file").touch()
+    fails(lambda: evidence.main(evidence.Args(runs=runs[:1], out=tmp_path / "file")), "cannot write", "--out")
 
 
 def test_a_folder_that_is_no_run(tmp_path, fails):
@@ -157,6 +159,20 @@ def test_students_with_an_average_are_shown_without_it_too(tmp_path, monkeypatch
 def test_finetune_needs_a_student_and_has_no_dry_run(fails):
     fails(lambda: finetune.main(small_args(dfd)), "--init CHECKPOINT is missing", "dmd2.py")
     fails(lambda: finetune.main(small_args(dfd, init="x", dry_run=True)), "--dry-run")
+
+
+def test_an_interrupted_finetune_says_so_and_goes_on_without_its_start(tmp_path, monkeypatch):
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "start", steps=1, gan_weight=0.0))
+    (start,) = (tmp_path / "start").glob("dmd2__*")
+    flags = {"runs_dir": tmp_path, "init": str(start), "steps": 3, "student_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "stop_signal", lambda run: 15)
+        with pytest.raises(SystemExit) as stop:
+            finetune.main(small_args(dfd, **flags))
+    assert stop.value.code == 128 + 15
+    shutil.rmtree(start)
+    finetune.main(small_args(dfd, **flags, resume="latest"))
+    assert len(list(tmp_path.glob("finetune__*/checkpoints/step_0000003"))) == 1
 
 
 def test_every_run_of_the_evidence_is_a_command_of_today():

@@ -70,6 +70,8 @@ def test_bad_input(clips, tmp_path, fails):
     fails(lambda: make_shards.main(args(tmp_path / "empty", out)), "no videos")
     make_shards.main(args(folder, tmp_path / "good"))
     fails(lambda: make_shards.main(args(folder, tmp_path / "good", shard=3)), "other clips or settings")
+    (folder / "0.mp4").write_bytes((folder / "1.mp4").read_bytes())  # the name is the same, the clip is not
+    fails(lambda: make_shards.main(args(folder, tmp_path / "good")), "other clips or settings")
     (folder / "1.txt").write_text(" \n")
     fails(lambda: make_shards.main(args(folder, out)), "1.txt is empty")
     (folder / "1.txt").unlink()

@@ -12,8 +12,9 @@ from torch import nn
 import common
 import dmd2
 import phased_dmd
-from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
+from tests.conftest import distance, only_run, popen, recorded, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
+from tools import evidence
 
 SHAPE = (1, 1, 1, 1)
 
@@ -210,10 +211,91 @@ def experts(runs_dir, step):
     return [load_file(path) for path in sorted(folder.glob("transformer*/*.safetensors"))]
 
 
-def test_every_phase_trains_its_own_expert(tmp_path):
-    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, steps=8, student_every=2, save_every=4, keep=0))
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_every_phase_trains_its_own_expert(tmp_path, ema_decay):
+    flags = {"steps": 8, "student_every": 2, "save_every": 4, "keep": 0, "ema_decay": ema_decay}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, **flags))
     (first,), (kept, second) = experts(tmp_path, 4), experts(tmp_path, 8)
     assert same(first, kept) and not same(first, second)
+
+
+@pytest.mark.parametrize("flag", [None, "disjoint_times", "naive_target", "velocity_gradient"])
+def test_what_main_asks_of_each_phase(tmp_path, monkeypatch, flag):
+    """Two phases of two steps, 1 to .75 and .75 to 0, by the arguments of every call."""
+    names = ["sample_sigma", "renoise", "predict_x0", "flow_loss", "student_loss", "velocity_gradient"]
+    calls = {name: recorded(monkeypatch, phased_dmd, name) for name in names}
+    flags = {flag: True} if flag else {}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, steps=4, student_every=1, gan_weight=0.0, **flags))
+    ends = [0.75] * 4 + [0.0] * 4  # student and fake score, two steps a phase
+    tops = [1.0] * 4 + [0.75 if flag == "disjoint_times" else 1.0] * 4
+    assert [args[2:] for args in calls["sample_sigma"]] == list(zip(ends, tops, strict=True))
+    # both networks see x_s, the student's end of the phase, noised on from there
+    assert [args[3] for args in calls["renoise"]] == ends
+    assert [args[4] for args in calls["flow_loss"]] == [0 if flag == "naive_target" else end for end in ends[::2]]
+    for seen, target in zip(calls["renoise"][1::2], calls["flow_loss"], strict=True):
+        assert seen[0] is target[1] and seen[1] is target[2] and seen[2] is target[3]
+    # the losses are on x0, but on x_s with eq. 10
+    if flag == "velocity_gradient":
+        assert len(calls["velocity_gradient"]) == 4 and [args[3] for args in calls["velocity_gradient"]] == ends[::2]
+        assert all(args[0] is x_s[0] for args, x_s in zip(calls["student_loss"][1::2], calls["renoise"][::2]))
+    else:
+        assert not calls["velocity_gradient"] and len(calls["student_loss"]) == 4
+
+
+def test_a_phase_begins_at_the_teacher(tmp_path, monkeypatch):
+    """Student, fake score and average are put back when the second phase begins."""
+    begun, made, load = recorded(monkeypatch, phased_dmd, "flow_loss"), [], common.Teacher.load_network
+    monkeypatch.setattr(common.Teacher, "load_network", lambda *a, **k: (made.append(load(*a, **k)), made[-1])[1])
+    reset, original = [], common.Teacher.reset
+    monkeypatch.setattr(
+        common.Teacher, "reset", lambda spec, network: (original(spec, network), begun and reset.append(network))
+    )
+    flags = {"steps": 4, "student_every": 1, "ema_decay": 0.9, "gan_weight": 0.0}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, **flags))
+    names = ["teacher", "student", "fake_score", "ema", "expert"]  # in the order of main
+    assert [name for name, network in zip(names, made, strict=True) if any(network is x for x in reset)] == names[1:]
+
+
+def test_a_run_with_phases_is_no_student(tmp_path, fails):
+    """--init must name the expert, and a LoRA must be merged; then the weights are the expert's."""
+    flags = {"steps": 2, "student_every": 1, "lr": 1e-3, "lora_rank": 2, "ema_decay": 0.9}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, **flags))
+    run = only_run(tmp_path, phased_dmd)
+    student = run / "checkpoints" / "step_0000002" / "student"
+    again = {"runs_dir": tmp_path / "again", "steps": 1, "lr": 0.0, "gan_weight": 0.0, "ema_decay": 0.0}
+    for folder in (run, student):
+        fails(lambda f=folder: dmd2.main(small_args(dmd2, init=str(f), **again)), "an expert a phase", "transformer_2")
+    dmd2.main(small_args(dmd2, init=str(student / "transformer_2"), **again))
+    assert same(student_weights(tmp_path / "again", 1, dmd2), experts(tmp_path, 2)[1])
+
+
+def test_a_lora_is_not_taken_for_a_student(tmp_path, fails):
+    flags = {"steps": 1, "student_every": 1, "lr": 1e-3, "phase_ends": (0.0,), "ema_decay": 0.9}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "lora", lora_rank=2, **flags))
+    run, again = str(only_run(tmp_path / "lora", phased_dmd)), {"runs_dir": tmp_path / "again", "gan_weight": 0.0}
+    fails(lambda: dmd2.main(small_args(dmd2, init=run, **again)), "LoRA", "student/transformer")
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "whole", **flags))
+    run = str(only_run(tmp_path / "whole", phased_dmd))
+    fails(lambda: phased_dmd.main(small_args(phased_dmd, init=run, lora_rank=2, **again, **flags)), "LoRA")
+
+
+def test_raw_samples_the_lora_itself(tmp_path):
+    """Not the export, which is the average with the LoRA merged."""
+    flags = {"steps": 2, "student_every": 1, "lr": 1e-2, "phase_ends": (0.0,), "ema_decay": 0.99, "lora_rank": 2}
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, **flags))
+    script, args, checkpoint = evidence.load_run(only_run(tmp_path, phased_dmd))
+    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
+    cond = common.encode_text(spec, ["a red circle"], tmp_path, device).cond_of([0])
+    state = {k: v for path in (checkpoint / "state").glob("*.safetensors") for k, v in load_file(path).items()}
+    with torch.no_grad():
+        raw = evidence.sampler(spec, device, script, args, checkpoint, True)(draws("raw", 1), cond)
+        lora = spec.load_network(False, device, lora_rank=2, lora_alpha=args.lora_alpha)
+        own = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        lora.load_state_dict(own)
+        wanted, _ = phased_dmd.rollout({0.0: lora}, draws("raw", 1), cond, spec.latent_shape, (*args.student_sigmas, 0))
+        averaged = evidence.sampler(spec, device, script, args, checkpoint, False)(draws("raw", 1), cond)
+    torch.testing.assert_close(raw, wanted)
+    assert (averaged - wanted).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])

@@ -159,11 +159,14 @@ def started_from(init):
 def sampler(spec, device, script, args, checkpoint, raw):
     """A function (rng, cond) -> latents of a run's exported student (raw: not its average), by its script's rollout."""
     networks = []
-    for folder in sorted((checkpoint / "student").iterdir()):  # transformer, transformer_2, …
+    # transformer, transformer_2, …
+    for folder in sorted((checkpoint / "student").iterdir(), key=lambda path: int(path.name.partition("_")[2] or 1)):
         networks.append(spec.load_network(False, device))
         common.put_weights(networks[-1], folder, torch.float32)
-    if raw:
-        common.load_init(checkpoint, {"student": networks[-1]})
+    if raw:  # with its LoRA, if it has one, which an export has not
+        lora = {name: getattr(args, name) for name in ("lora_rank", "lora_alpha") if hasattr(args, name)}
+        networks[-1] = spec.load_network(False, device, **lora)
+        common.load_networks(checkpoint, {"student": networks[-1]})
     shape, levels = spec.latent_shape, getattr(args, "student_sigmas", None)
     if hasattr(args, "phase_ends"):
         if len(networks) < len(args.phase_ends):
@@ -188,6 +191,7 @@ def main(args):
         first = loaded[0][1]
         if common.teacher_folder(run_args.teacher).resolve() != common.teacher_folder(first.teacher).resolve():
             raise common.Fatal(f"{folder} and {args.runs[0]} have different teachers: one table, one teacher")
+    common.make_folder(args.out, hint="; see --out")
     labels, seen = [], {}
     for folder, (script, run_args, checkpoint) in zip(args.runs, loaded, strict=True):
         labels.append(label(script, run_args, common.read_json(checkpoint / "checkpoint.json")["step"]))
@@ -197,8 +201,9 @@ def main(args):
             raise common.Fatal(f"{folder} and {other} are the same run twice (seed {run_args.seed}): name one of them")
     _, _, device = common.init_distributed()
     spec = common.Teacher(first.teacher, first.frames, first.height, first.width)
-    captions = common.encode_text(spec, tiny.CAPTIONS, Path(first.runs_dir) / "cache", device)
-    null_cond = common.encode_text(spec, [spec.negative_prompt], Path(first.runs_dir) / "cache", device).cond_of([0])
+    cache = loaded[0][2].parents[2] / "cache"  # beside the run, which may have been moved
+    captions = common.encode_text(spec, tiny.CAPTIONS, cache, device)
+    null_cond = common.encode_text(spec, [spec.negative_prompt], cache, device).cond_of([0])
     vae = spec.family.load_vae(spec.folder, device)
     # numbers that no training reaches
     reference = tiny.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
@@ -258,7 +263,6 @@ def main(args):
     table = [list(column) for column in zip(*table)] if args.transpose else table
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in (0, 4, 11) for name, clips in shown.items()]
     metrics.contact_sheet(args.out / "sheet.png", picked)

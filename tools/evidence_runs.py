@@ -8,6 +8,7 @@ Every run is one thread and writes to its own folder, runs/evidence/<name>/. A r
 trained again; one that was interrupted starts anew.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -89,14 +90,16 @@ def command(runs_dir, name, seed):
 
 def train(runs_dir, name, seed):
     folder = runs_dir / name
-    if finished(runs_dir, name, seed):
-        return
-    for leftover in folder.glob(f"*__tiny__{seed}__*"):
-        shutil.rmtree(leftover)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{seed}.log", "w") as log:
-        words = [sys.executable, *command(runs_dir, name, seed)]
-        code = subprocess.call(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    with open(folder / f"{seed}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another call of this may be at the same run: wait for it
+        if finished(runs_dir, name, seed):
+            return
+        for leftover in folder.glob(f"*__tiny__{seed}__*"):
+            shutil.rmtree(leftover)
+        words, env = [sys.executable, *command(runs_dir, name, seed)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(folder / f"{seed}.log", "w") as log:  # the run holds the lock too, should this process be killed
+            code = subprocess.call(words, cwd=ROOT, env=env, stdout=log, stderr=log, pass_fds=[lock.fileno()])
     print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/{seed}.log'}", flush=True)
 
 
@@ -104,6 +107,9 @@ def main(args):
     unknown = [name for name in args.only if name not in RUNS]
     if unknown:
         print(f"error: unknown run {unknown[0]!r}; known: {', '.join(RUNS)}", file=sys.stderr)
+        sys.exit(2)
+    if args.jobs < 1:
+        print(f"error: --jobs must be at least 1, got {args.jobs}", file=sys.stderr)
         sys.exit(2)
     runs_dir = args.runs_dir.resolve()
     names = [name for name in RUNS if name in args.only or name in {RUNS[other][2] for other in args.only}]

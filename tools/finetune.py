@@ -38,13 +38,15 @@ def main(args):
     ema = spec.load_network(False, device, dtype=torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     networks, optimizers = {"student": student, "ema": ema}, {"student": optimizer}
-    if args.init:
+    if args.init and not args.resume:
         common.load_init(args.init, networks)
     run.begin(networks, optimizers)
+    stop = 0
     for step in range(run.step, args.steps):
         if step % args.student_every:
             continue
-        if run.stop_signal():
+        stop = run.stop_signal()
+        if stop:
             break
         shared, log = common.SharedDraws(args.seed, step), defaultdict(float)
         sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
@@ -66,6 +68,8 @@ def main(args):
     run.close()
     if run.rank == 0:
         print(f"run folder: {run.folder}")
+    if stop:
+        raise SystemExit(128 + stop)
 
 
 if __name__ == "__main__":

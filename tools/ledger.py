@@ -35,13 +35,14 @@ class Ledger:
         """{key: row}, the newest of each."""
         rows = {}
         for path in [self.path, *sorted(self.path.parent.glob(f"{self.path.stem}.rank*.jsonl"))]:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            # not splitlines: a prompt may hold what that takes for the end of a line
+            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
                     rows[row[self.key]] = row
                 except (ValueError, KeyError, TypeError):
-                    if line.endswith("\n"):
+                    if number < len(lines):
                         raise Fatal(f"{path}: line {number} is no row of it") from None
         return rows
 

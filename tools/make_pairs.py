@@ -28,7 +28,7 @@ def main(out, args):
     cache = Path(args.runs_dir) / "cache"
     data = common.load_data(spec, args.prompts, args.data, cache, device, args.seed)
     key, note = dmd.pairs_key(args, spec, data), Path(out) / "key.txt"
-    common.make_folder(out)
+    common.make_folder(out, hint="")
     said = [note.read_text() if note.is_file() else None]
     common.dist.broadcast_object_list(said)
     if said[0] not in (None, str(key)):

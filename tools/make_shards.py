@@ -60,10 +60,11 @@ def read_clip(path, frames, height, width, fps):
             while last and len(picked) < frames and (len(picked) - 0.5) / fps <= last.time - first:
                 picked.append(last.to_ndarray(format="rgb24"))
     except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise common.Fatal(f"cannot read {path}: {error}") from None
+        raise common.Fatal(f"cannot read {path}: {error}", alone=True) from None
     if len(picked) < frames:
         raise common.Fatal(
-            f"{path} has {len(picked)} of {frames} frames at {fps} a second: leave it out, or lower --frames"
+            f"{path} has {len(picked)} of {frames} frames at {fps} a second: leave it out, or lower --frames",
+            alone=True,
         )
     video = rearrange(torch.stack([torch.from_numpy(x) for x in picked]).float() / 255, "f h w c -> f c h w")
     scale = max(height / video.shape[2], width / video.shape[3])
@@ -94,13 +95,16 @@ def main(args):
     captions = [read_caption(path) for path in paths]
     rank, world, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
-    names = [str(path.relative_to(args.clips)) for path in paths]
-    key = str(common.hashed(names, captions, spec.latent_shape, args.shard, spec.folder))
-    note = args.out / "key.txt"
-    if note.is_file() and note.read_text() != key and any(args.out.glob("*.safetensors")):
+    files = [*paths, *sorted(p for part in ("vae", "text_encoder") for p in (spec.folder / part).iterdir())]
+    names = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key, note = str(common.hashed(names, captions, spec.latent_shape, args.shard)), args.out / "key.txt"
+    common.make_folder(args.out, hint="")
+    before = [note.read_text() if note.is_file() and any(args.out.glob("*.safetensors")) else key]
+    common.dist.broadcast_object_list(before)
+    if before[0] != key:
         raise common.Fatal(f"{args.out} holds shards of other clips or settings: delete it, or give another folder")
-    common.make_folder(args.out)
-    note.write_text(key)
+    if rank == 0:
+        note.write_text(key)
     texts = common.encode_text(spec, captions, args.out / "text", device)
     vae = spec.family.load_vae(spec.folder, device)
     for first in range(rank * args.shard, len(paths), world * args.shard):
@@ -111,7 +115,7 @@ def main(args):
         for i in part:
             video = read_clip(paths[i], args.frames, args.height, args.width, spec.fps)
             latents.append(spec.family.encode(vae, video[None]).cpu())
-        rows = [text[: int(text.abs().sum(-1).count_nonzero())].cpu() for text in texts.cond_of(part)["text"]]
+        rows = common.unpadded(texts.cond_of(part)["text"])
         common.write_shard(path, [captions[i] for i in part], rows, latents=torch.cat(latents))
         print(f"clips {first} to {part[-1]} of {len(paths)}", flush=True)
     common.dist.barrier()
