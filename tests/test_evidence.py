@@ -98,11 +98,13 @@ def test_the_same_run_twice(tmp_path, fails):
 def test_one_table_has_one_teacher(tmp_path, fails):
     shutil.copytree(common.TEACHERS["tiny"], tmp_path / "teacher")
     for teacher in ("tiny", str(tmp_path / "teacher")):
-        flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0}
+        flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0, "guidance_scale": 1.0}
         dmd2.main(small_args(dmd2, **flags))
     runs = tuple(str(path) for path in tmp_path.glob("dmd2__*"))
     fails(lambda: evidence.main(evidence.Args(runs=runs)), "different teachers")
     evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.count("| teacher, 1 steps, guidance 1 | 1 |") == 1  # guidance 1 is no second row of these runs
     (tmp_path / "file").touch()
     fails(lambda: evidence.main(evidence.Args(runs=runs[:1], out=tmp_path / "file")), "cannot write", "--out")
 

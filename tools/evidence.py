@@ -246,7 +246,7 @@ def main(args):
         clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
         add("data", torch.cat([spec.family.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
-    for steps, guidance in [*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]:
+    for steps, guidance in dict.fromkeys([*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
     for folder, name, (run_script, run_args, checkpoint) in zip(args.runs, labels, loaded, strict=True):
