@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -463,10 +463,7 @@ class Teacher:
 
     def weights_id(self):
         """Something that changes when the transformer's files do."""
-        stats = [
-            (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted((self.folder / "transformer").iterdir())
-        ]
-        return hashed(*stats)
+        return hashed(*stamps(sorted((self.folder / "transformer").iterdir())))
 
 
 def put_weights(network, folder, dtype):
@@ -945,13 +942,9 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
         "one unsharded block": 2 * 2 * block,
         "activations": graphs * batch_size * activations,
     }
-    per_gpu = 4e14  # FLOP/s
-    seconds = step / world_size / per_gpu
+    rate = 4e14 * world_size  # FLOP/s
     pairs = args["num_pairs"] * args["pair_steps"] * 2 * flops if "num_pairs" in args and not args["pairs"] else 0
-    hours = {
-        "teacher pairs": pairs / world_size / per_gpu / 3600,
-        f"all {args['steps']:,} steps": args["steps"] * seconds / 3600,
-    }
+    work = {"teacher pairs": pairs, f"all {args['steps']:,} steps": args["steps"] * step}
     lines = [
         f"teacher             {teacher.name}: {parameters / 1e6:,.1f} M parameters, {copies}",
         f"latents             {' x '.join(map(str, teacher.latent_shape))} (c f h w), {tokens:,} tokens",
@@ -959,8 +952,8 @@ def dry_run(teacher, args, forwards, backwards, trained=2, graphs=1, experts=1):
         "memory per GPU      an estimate: float32 master weights and Adam, bf16 compute",
         *(f"  {name:<20}{size / gib:10.3f} GiB" for name, size in [*rows.items(), ("total", sum(rows.values()))]),
         f"FLOPs per step      {step:.3g}, {step / world_size:.3g} per GPU; {flops:.3g} a forward of one sample",
-        f"time per step       {seconds:.3g} s if a GPU sustains 400 TFLOP/s: assumed, not measured",
-        *(f"  {name:<18}{time:.3g} hours" for name, time in hours.items() if time),
+        f"time per step       {step / rate:.3g} s if a GPU sustains 400 TFLOP/s: assumed, not measured",
+        *(f"  {name:<18}{total / rate / 3600:.3g} hours" for name, total in work.items() if total),
     ]
     print("\n".join(lines))
 
@@ -1003,6 +996,11 @@ class Draws:
 def hashed(*key):
     """A 63-bit seed of any tuple of numbers and strings, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def stamps(paths):
+    """(name, size, time) of files, for `hashed`: something that changes when they do, without reading them."""
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def sample_numbers(step, micro, batch_size, grad_accum):
@@ -1148,11 +1146,12 @@ def make_folder(folder, hint="; see --runs-dir"):
 
 
 def unused_folder(folder):
-    """Make the folder; if there is one already, the first of folder-2, folder-3, … that is not."""
-    for name in (folder.name, *(f"{folder.name}-{i}" for i in range(2, 10**6))):
+    """Make the folder; if there is one already, the first of folder-2, folder-3, … that is not. Returns which."""
+    for i in count(1):
+        free = folder.with_name(f"{folder.name}-{i}") if i > 1 else folder
         try:
-            folder.with_name(name).mkdir()
-            return folder.with_name(name)
+            free.mkdir()
+            return free
         except FileExistsError:
             pass
 
@@ -1178,8 +1177,7 @@ def encode_text(teacher, prompts, cache, device, chunk=1024):
     Ranks share the work. The text encoder is loaded only if something is missing and freed afterwards.
     """
     config = json.dumps(read_json(teacher.folder / "text_encoder" / "config.json"))
-    size = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted((teacher.folder / "text_encoder").iterdir())]
-    key = hashed(prompts, config, str(size), teacher.text_length)
+    key = hashed(prompts, config, stamps(sorted((teacher.folder / "text_encoder").iterdir())), teacher.text_length)
     folder = Path(cache) / f"text_{key:016x}"
     encode = None
     make_folder(folder)

@@ -69,7 +69,7 @@ class Args:
     regression_weight: float = 0.25
     """Weight of the regression on the teacher's pairs (paper, eq. 9)."""
     pairs: str | None = None
-    """Folder of pairs from tools/make_pairs.py, however solved. None: solve --num-pairs now and cache them."""
+    """Folder of noise-video pairs from tools/make_pairs.py. None: solve --num-pairs now and cache them."""
     num_pairs: int = 1024
     """How many pairs to solve when --pairs is not given."""
     pair_steps: int = 50

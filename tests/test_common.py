@@ -124,3 +124,11 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
         with written_aside(tmp_path / "0.safetensors") as second:
             second.write_text("second")
     assert (tmp_path / "0.safetensors").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_line_is_printed_once_a_machine_unless_one_rank_alone_meets_it(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    common.Fatal("everybody's")
+    assert not capsys.readouterr().err
+    common.Fatal("mine", alone=True)
+    assert capsys.readouterr().err == "error: mine\n"

@@ -1,9 +1,11 @@
 """tools/evidence.py and its controls: the figures of clips that are known, and a whole small table."""
 
+import fcntl
 import importlib
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,12 @@ def test_one_table_has_one_teacher(tmp_path, fails):
         dmd2.main(small_args(dmd2, **flags))
     runs = tuple(str(path) for path in tmp_path.glob("dmd2__*"))
     fails(lambda: evidence.main(evidence.Args(runs=runs)), "different teachers")
+    moved = tmp_path / "moved" / Path(runs[0]).name  # from a machine with other folders
+    moved.parent.mkdir()
+    Path(runs[0]).rename(moved)
+    record = json.loads((moved / "args.json").read_text()) | {"runs_dir": "/proc/nowhere"}
+    (moved / "args.json").write_text(json.dumps(record))
+    runs = (str(moved), *runs[1:])
     evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.count("| teacher, 1 steps, guidance 1 | 1 |") == 1  # guidance 1 is no second row of these runs
@@ -156,6 +164,23 @@ def test_students_with_an_average_are_shown_without_it_too(tmp_path, monkeypatch
         evidence_runs.main(evidence_runs.Args(only=("dmd2", "phased"), seeds=(0,), runs_dir=tmp_path))
     dmd2_run, phased_run = tmp_path / "dmd2/dmd2__tiny__0__now", tmp_path / "phased/phased_dmd__tiny__0__now"
     assert rows[2:-2] == [str(dmd2_run), f"{dmd2_run}:raw", str(phased_run)]
+
+
+def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
+    """The second waits for the first, deletes nothing of it, and finds it done."""
+    run = tmp_path / "dmd2" / "dmd2__tiny__0__now"
+    run.mkdir(parents=True)
+    monkeypatch.setattr(evidence_runs.subprocess, "call", lambda *_, **__: pytest.fail("trained again"))
+    with open(tmp_path / "dmd2" / "0.lock", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = threading.Thread(target=evidence_runs.train, args=(tmp_path, "dmd2", 0))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and run.is_dir()
+        (run / "checkpoints" / "step_0000500").mkdir(parents=True)
+        (run / "checkpoints" / "step_0000500" / "checkpoint.json").touch()
+    second.join(10)
+    assert not second.is_alive() and evidence_runs.finished(tmp_path, "dmd2", 0) == run
 
 
 def test_finetune_needs_a_student_and_has_no_dry_run(fails):

@@ -226,6 +226,12 @@ def latent_statistics(vae):
     return (rearrange(torch.tensor(v), "c -> c 1 1 1") for v in (vae.config.latents_mean, vae.config.latents_std))
 
 
+def normalised(vae, videos):
+    """Latents [b, c, f, h, w] of videos [b, 3, f, h, w] in [0, 1]: the posterior's mode, as the transformer has it."""
+    shift, scale = latent_statistics(vae)
+    return (encode(vae, videos)[0] - shift) / scale
+
+
 def reconstruct(vae, videos, g, extra_noise):
     """Loss, KL and squared error of videos [b, 3, f, h, w] sent through the VAE, with noise from the generator g.
 
@@ -391,7 +397,6 @@ def cached_latents(args):
     Encoded in chunks, so that an interrupted run goes on where it stopped.
     """
     vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
-    shift, scale = latent_statistics(vae)
     size, chunks = 2048, []
     for first in range(0, args.clips, size):
         path = args.work / f"latents-{args.seed + 2}-{first}.safetensors"
@@ -400,7 +405,7 @@ def cached_latents(args):
             for i in range(first, first + size, 64):
                 videos, captions = data.batch(args.seed + 2, range(i, i + 64))
                 with torch.no_grad():
-                    latents.append(((encode(vae, videos)[0] - shift) / scale).half().contiguous())
+                    latents.append(normalised(vae, videos).half().contiguous())
                 labels += [data.CAPTIONS.index(caption) for caption in captions]
             save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
@@ -595,7 +600,7 @@ def levels(args, steps=50):
     wanted = data.read_factors(videos)
     text = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
     shift, scale = latent_statistics(pipe.vae)
-    x0 = torch.cat([(encode(pipe.vae, x)[0] - shift) / scale for x in videos.split(64)])
+    x0 = torch.cat([normalised(pipe.vae, x) for x in videos.split(64)])
     noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
     stretch, names = pipe.scheduler.config.shift, ["speed", "size", "brightness", "saturation"]
     columns = ["sigma", "right %", *(f"{name}: mean, spread (%), correlation" for name in names), "coherence, px"]
@@ -621,8 +626,9 @@ def levels(args, steps=50):
 def excess(prediction, x0, halves):
     """Squared errors, means over all values: (the best possible one, how far `prediction` is beyond it).
 
-    prediction of x0 from some x_t, [b, ...]; halves: E[x0 | x_t], [b, ...], estimated twice from different clips. Error
-    of either estimate is in one factor of a product only, so it is in the mean of neither product.
+    prediction of x0 from some x_t, [b, ...]; halves: E[x0 | x_t], [b, ...], estimated twice from different clips. The
+    noise of either estimate is in one factor of a product only, so it is in the mean of neither product. What both
+    share stays: with few clips near x_t an estimate is drawn to the nearest.
     """
     return [math.prod(x - half for half in halves).mean().item() for x in (x0, prediction)]
 
@@ -636,11 +642,10 @@ def denoiser(args):
     """
     pipe, caption = WanPipeline.from_pretrained(args.out), data.CAPTIONS[0]
     text = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
-    shift, scale = latent_statistics(pipe.vae)
 
     def latents(seed, count):
         parts = torch.arange(count).split(64)
-        return torch.cat([(encode(pipe.vae, data.batch(seed, part, caption)[0])[0] - shift) / scale for part in parts])
+        return torch.cat([normalised(pipe.vae, data.batch(seed, part, caption)[0]) for part in parts])
 
     x0, halves = latents(args.seed + 3, args.samples), latents(args.seed + 4, args.clips).flatten(1).chunk(2)
     noise = torch.randn(x0.shape, generator=generator(args.seed, 3))
@@ -648,10 +653,8 @@ def denoiser(args):
     print("| sigma | best possible | teacher | beyond the best | of the best, % |\n|---|---|---|---|---|")
     for level in (0.9, 0.93, 0.95, 0.98, 1.0):
         x_t, sigma = (1 - level) * x0 + level * noise, torch.full((len(x0),), level)
-        v = [
-            pipe.transformer(x, 1000 * x.new_full((len(x),), level), text.expand(len(x), -1, -1)).sample
-            for x in x_t.split(64)
-        ]
+        parts = zip(x_t.split(64), (1000 * sigma).split(64))
+        v = [pipe.transformer(x, t, text.expand(len(x), -1, -1), return_dict=False)[0] for x, t in parts]
         prediction = x_t - level * torch.cat(v)
         best, beyond = excess(prediction, x0, [posterior_mean(x_t, sigma, h, h.square().sum(1)) for h in halves])
         total = F.mse_loss(prediction, x0).item()

@@ -95,9 +95,10 @@ def main(args):
     captions = [read_caption(path) for path in paths]
     rank, world, device = common.init_distributed()
     spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
+    names = [str(path.relative_to(args.clips)) for path in paths]
     files = [*paths, *sorted(p for part in ("vae", "text_encoder") for p in (spec.folder / part).iterdir())]
-    names = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key, note = str(common.hashed(names, captions, spec.latent_shape, args.shard)), args.out / "key.txt"
+    key = str(common.hashed(names, common.stamps(files), captions, spec.latent_shape, args.shard))
+    note = args.out / "key.txt"
     common.make_folder(args.out, hint="")
     before = [note.read_text() if note.is_file() and any(args.out.glob("*.safetensors")) else key]
     common.dist.broadcast_object_list(before)
