@@ -638,7 +638,8 @@ def denoiser(args):
     """Print a table: the squared error of the teacher's prediction of x0 from x_t, beside the best possible one's.
 
     The world is known, so the best possible prediction is too: the mean of all clips of the caption, weighed by how
-    likely each makes x_t. Two halves of `args.clips` fresh clips stand for all; below sigma .9 they are too few.
+    likely each makes x_t. Two halves of `args.clips` fresh clips stand for all. At sigma .9 they are few, and what the
+    teacher is beyond the best is more than the table says; below they are too few.
     """
     pipe, caption = WanPipeline.from_pretrained(args.out), data.CAPTIONS[0]
     text = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)[0]
