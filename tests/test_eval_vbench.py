@@ -88,6 +88,19 @@ def raw_scores(**changed):
     return {**dict.fromkeys(vbench.DIMENSIONS, 0.5), **changed}
 
 
+def test_vbenchs_constants():
+    """scripts/constant.py of VBench 0.1.5, written a second time: what is not here is 0, 1 and 1."""
+    low = {"subject_consistency": 0.1462, "background_consistency": 0.2615, "temporal_flickering": 0.6293}
+    low |= {"motion_smoothness": 0.706, "appearance_style": 0.0009}
+    high = {"motion_smoothness": 0.9975, "scene": 0.8222, "appearance_style": 0.2855}
+    high |= {"temporal_style": 0.364, "overall_consistency": 0.364}
+    names = "subject_consistency background_consistency temporal_flickering motion_smoothness dynamic_degree "
+    names += "aesthetic_quality imaging_quality object_class multiple_objects human_action color spatial_relationship "
+    names = (names + "scene appearance_style temporal_style overall_consistency").split()
+    wanted = {n: (low.get(n, 0), high.get(n, 1), 0.5 if n == "dynamic_degree" else 1) for n in names}
+    assert vbench.DIMENSIONS == wanted and names[:7] == vbench.QUALITY and names[7:] == vbench.SEMANTIC
+
+
 def test_totals_by_hand():
     assert (len(vbench.QUALITY), len(vbench.SEMANTIC)) == (7, 9)
     assert vbench.aggregate({name: low for name, (low, _, _) in vbench.DIMENSIONS.items()}) == pytest.approx((0, 0, 0))

@@ -83,6 +83,15 @@ def test_the_family_calls_the_transformer_as_the_pipeline_does():
     torch.testing.assert_close(network(x_t, sigma, {"text": text}), expected)
 
 
+def test_the_timestep_is_not_rounded_to_bf16():
+    """937 would become 936."""
+    (_, _, device), spec, seen = common.init_distributed(), common.Teacher("tiny", 9, 32, 32), []
+    network = spec.load_network(False, device, dtype=torch.bfloat16)
+    network.transformer.condition_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    network(torch.randn(1, *spec.latent_shape), torch.tensor([0.937]), {"text": torch.randn(1, 16, spec.text_dim)})
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [937.0]
+
+
 def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
     """Ours: encode_text and Wan.decode. Theirs: WanPipeline.encode_prompt, and its decoding of given latents."""
     (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
