@@ -1,130 +1,99 @@
 """DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
 
 DMD without the regression. A fake score that learns five times as often keeps up with the student; a discriminator on
-its features, which sees real videos, can correct the teacher; and the student takes a few steps, trained on inputs that
-it made itself.
+its features, which sees real videos, can correct the teacher; the student takes a few steps, on inputs that it made.
 
     python dmd2.py                                         # the tiny teacher, minutes on two CPU cores
-    torchrun --nproc_per_node=8 dmd2.py --teacher wan2.1-1.3b --data shards/
+    torchrun --nproc_per_node=8 dmd2.py --teacher wan2.1-1.3b
 
 Notes, healthy curves and results: docs/dmd2.md. A diff of dmd.py: docs/diffs/dmd-dmd2.md.
 """
 
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from einops import rearrange, reduce
 from torch import nn
 
 import common
+from harness.files import Fatal
+from harness.flags import RunArgs, launch
+from harness.preview import Preview
+from harness.run import Run
+from harness.samples import teacher_samples
 
 
-@dataclass
-class Args:
-    """Defaults are for Wan2.1-1.3B; the rows of RECIPES change them for other teachers, and a flag beats both."""
+@dataclass(kw_only=True)
+class Args(RunArgs):
+    """What a number is stands in RECIPES: a row per teacher. A flag beats it."""
 
-    teacher: str = "tiny"
-    """Whom to distill: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
-    prompts: str | None = None
-    """Text file with one prompt a line. The tiny teacher needs none: it writes its own captions."""
-    data: str | None = None
-    """Folder of latent shards (see common.Shards) whose prompts and clips are used instead of --prompts."""
-    frames: int = 81
-    """Frames of the video; 1 + a multiple of 4 for Wan."""
-    height: int = 480
-    """Height of the video in pixels, a multiple of 16 for Wan."""
-    width: int = 832
-    """Width of the video in pixels, a multiple of 16 for Wan."""
-
-    steps: int = 10_000
+    steps: Annotated[int, Ge(1)]
     """Training steps; one step updates the fake score once."""
-    student_every: int = 5
+    student_every: Annotated[int, Ge(1)]
     """Fake-score updates per student update: the two time-scale rule (sec. 4.2)."""
-    batch_size: int = 1
-    """Samples per process and micro-batch."""
-    grad_accum: int = 8
-    """Micro-batches whose gradients are averaged into one update. On 8 GPUs: 64 videos, as CoDMD on Wan2.1-1.3B."""
-    lr: float = 2e-6
-    """Learning rate of the student (CoDMD on Wan2.1-1.3B; so are betas, clipping, shift and guidance)."""
-    fake_score_lr: float = 4e-7
-    """Learning rate of the fake score and the discriminator (CoDMD on Wan2.1-1.3B)."""
-    anneal_lr: bool = False
-    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas of student and fake score."""
-    weight_decay: float = 0.01
-    """AdamW weight decay of student and fake score (PyTorch's default)."""
-    max_grad_norm: float = 10.0
-    """Gradients longer than this are scaled down to it."""
-    ema_decay: float = 0.99
+    lr: Annotated[float, Ge(0)]
+    """Learning rate of the student."""
+    fake_score_lr: Annotated[float, Ge(0)]
+    """Learning rate of the fake score and the discriminator."""
+    ema_decay: Annotated[float, Ge(0), Le(1)]
     """Decay of the averaged student, which is what previews and exports show; 0 keeps no average."""
 
-    guidance_scale: float = 4.5
+    guidance_scale: Annotated[float, Ge(0)]
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
-    shift: float = 8.0
+    shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
-    student_sigmas: tuple[float, ...] = (1.0, 0.9, 0.757, 0.522)
-    """Noise levels at which the student predicts a video, the first 1 (CoDMD on Wan2.1-1.3B)."""
-    student_input: Literal["simulate", "data"] = "simulate"
+    student_sigmas: tuple[float, ...]
+    """Noise levels at which the student predicts a video, the first 1."""
+    student_input: Literal["simulate", "data"]
     """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
-    gan_weight: float = 3e-3
-    """Weight of the student's GAN loss; DMD2 has 1e-3 to 5e-3. 0 builds no discriminator and needs no clips."""
-    discriminator_weight: float = 1e-2
-    """Weight of the discriminator's loss beside the fake score's (DMD2)."""
-    discriminator_blocks: tuple[int, ...] = (15, 22, 29)
-    """Transformer blocks of the fake score whose outputs the discriminator reads (FastGen on Wan)."""
-    init: str | None = None
-    """Checkpoint of any of these scripts whose student and fake score to start from, instead of the teacher."""
-    from_scratch: bool = True
-    """Allow to start from the teacher. Methods that are known to fail so want --init."""
-
-    seed: int = 0
-    """Seed of all noise and data. The same seed and global batch give the same run at any number of processes."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: far less memory for a third more compute."""
-    runs_dir: str = "runs"
-    """Where run folders, and the cache of text embeddings and pairs, are written."""
-    save_every: int = 500
-    """Steps between checkpoints. One is also written at the end and on SIGTERM or SIGINT."""
-    keep: int = 3
-    """Checkpoints to keep, newest first; 0 keeps all."""
-    resume: str | None = None
-    """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
-    preview_every: int = 250
-    """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
-    preview_prompts: int = 4
-    """Prompts in a preview: the first ones of the data."""
-    preview_seeds: int = 4
-    """Samples of each prompt in a preview; contact sheet and mp4s show the first four."""
-    teacher_steps: int = 50
-    """Euler steps of the teacher's samples that previews are compared with."""
-    track: bool = False
-    """Log to Weights & Biases too, if it is installed."""
-    dry_run: bool = False
-    """Print parameters, memory per GPU and FLOPs per step, and stop. Loads no weights."""
-    gpus: int = 0
-    """GPUs to plan for with --dry-run; 0 means this launch's."""
+    gan_weight: Annotated[float, Ge(0)]
+    """Weight of the student's GAN loss. 0 builds no discriminator and needs no clips."""
+    discriminator_weight: Annotated[float, Ge(0)]
+    """Weight of the discriminator's loss beside the fake score's."""
+    discriminator_blocks: tuple[int, ...]
+    """Transformer blocks of the fake score whose outputs the discriminator reads."""
 
 
-RECIPES = {
-    "wan2.1-1.3b": {},
+RECIPES = {  # the first row is everybody's; the others change it
+    "wan2.1-1.3b": {  # CoDMD on Wan2.1-1.3B, 64 videos per update on 8 GPUs
+        "frames": 81, "height": 480, "width": 832, "batch_size": 1, "grad_accum": 8,
+        "steps": 10_000, "student_every": 5, "lr": 2e-6, "fake_score_lr": 4e-7,
+        "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99,
+        "guidance_scale": 4.5, "shift": 8.0, "student_sigmas": (1.0, 0.9, 0.757, 0.522), "student_input": "simulate",
+        "gan_weight": 3e-3, "discriminator_weight": 1e-2,  # DMD2: 1e-3 to 5e-3, and 1e-2
+        "discriminator_blocks": (15, 22, 29),  # FastGen on Wan
+    },
     "wan2.1-14b": {  # CoDMD's 14B config; the blocks in proportion
         "shift": 5.0, "lr": 4e-6, "fake_score_lr": 8e-7, "grad_accum": 4, "student_sigmas": (1.0, 0.937, 0.833, 0.624),
         "discriminator_blocks": (20, 29, 39),
     },
     "tiny": {
         "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
-        "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True, "shift": 3.0,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "gradient_checkpointing": False,
+        "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip
+
+
+def check(args, model):
+    """Raise one line for noise levels or blocks that cannot be."""
+    sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
+    if sigmas[:1] != (1,) or not all(high > low > 0 for high, low in pairwise(sigmas)):
+        raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+    if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
+        raise Fatal(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
+
+
+def needs_clips(args):
+    return args.gan_weight > 0 or args.student_input == "data"
 
 
 # ------------------------------------------------------------------------------------- schedule and sampler
@@ -141,15 +110,15 @@ def sample_sigma(rng, shift):
     return sigma.clamp(0.02, 0.98)  # after the shift: an atom at .98 is meant
 
 
-def predict_x0(model, x_t, sigma, cond):
-    v = model(x_t, sigma, cond)
+def predict_x0(network, x_t, sigma, cond):
+    v = network(x_t, sigma, cond)
     return x_t - rearrange(sigma, "b -> b 1 1 1 1") * v
 
 
-def guided_x0(model, x_t, sigma, cond, null_cond, guidance_scale):
+def guided_x0(network, x_t, sigma, cond, null_cond, guidance_scale):
     """Classifier-free guidance, both halves in one forward. null_cond is one row; what it lacks is the same in both."""
     both = {key: torch.cat([null_cond.get(key, x).expand_as(x), x]) for key, x in cond.items()}
-    uncond, cond = predict_x0(model, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
+    uncond, cond = predict_x0(network, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -165,6 +134,11 @@ def rollout(student, rng, cond, shape, sigmas, x0_data=None):
         for sigma, sigma_next in pairwise(sigmas):
             x_t = add_noise(predict_x0(student, x_t, sigma, cond), rng.normal(shape), sigma_next)
     return predict_x0(student, x_t, sigmas[-1], cond)
+
+
+def sample_student(students, rng, cond, shape, args):
+    """The finished student's video [b, *shape]. students: the networks that a run exports, here one."""
+    return rollout(students[0], rng, cond, shape, args.student_sigmas)
 
 
 @torch.no_grad()
@@ -193,26 +167,21 @@ def student_loss(x0, grad):
     return 0.5 * F.mse_loss(x0, (x0 - grad).detach())
 
 
-class Discriminator(nn.Module):
-    """Logits of being real: a small head over the outputs of some blocks of the fake score, kept by forward hooks.
+class Heads(nn.Module):
+    """The discriminator: a small head for each block of the fake score that it reads.
 
-    A part of the fake score, so it trains, is clipped and saved with it. Call it right after a forward of that.
+    It is a part of the fake score, so it trains, is clipped and is saved with it.
     """
 
-    def __init__(self, network, blocks):
+    def __init__(self, width, blocks):
         super().__init__()
-        d = network.width
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 1)) for _ in blocks
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in blocks
         )
-        self.read, self.features = blocks, {}  # outputs [b, tokens, d] of the last forward
-        for i in blocks:
-            network.blocks[i].register_forward_hook(lambda block, args, out, i=i: self.features.update({i: out}))
 
-    def forward(self):
-        """One logit a token and block, [b, tokens, blocks], float32."""
-        logits = [head(self.features.pop(i)) for i, head in zip(self.read, self.blocks, strict=True)]
-        return torch.cat(logits, dim=-1).float()
+    def forward(self, features):
+        """Outputs of the blocks, [b, tokens, width] each -> one logit per token and block, [b, tokens, blocks]."""
+        return torch.cat([head(x) for head, x in zip(self.blocks, features, strict=True)], dim=-1).float()
 
 
 def gan_student_loss(logits_fake):
@@ -233,70 +202,58 @@ def flow_loss(v, x0, noise):
 
 def main(args):
     # setup
-    common.check_ranges(asdict(args))
-    _, _, device = common.init_distributed()
-    spec = common.Teacher(args.teacher, args.frames, args.height, args.width, offline=args.dry_run)
-    common.check_blocks(spec, asdict(args))
-    if args.dry_run:
-        gan, rolled = args.gan_weight > 0, 1 if args.student_input == "data" else (len(args.student_sigmas) + 1) / 2
-        # fake score: rollout, fake (twice with a discriminator); student: rollout, fake (ditto), guided teacher
-        forwards = 1 + rolled + gan + (3 + rolled + gan) / args.student_every
-        backwards = (1 + gan) * (1 + 1 / args.student_every)
-        return common.dry_run(spec, asdict(args), forwards, backwards, graphs=1 + gan)
-    clips, from_data = common.needs_clips(asdict(args)), args.student_input == "data"
-    run = common.Run(__file__, asdict(args), args.runs_dir, args.resume, args.keep, args.track)
-    cache = f"{args.runs_dir}/cache"
-    data = common.load_data(spec, args.prompts, args.data, cache, device, args.seed)
-    null_cond = common.encode_text(spec, [spec.negative_prompt], cache, device).cond_of([0])
+    run = Run(__file__, args)
+    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    shape = model.latent_shape
+    check(args, model)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
-    teacher = spec.load_network(trained=False, device=device)
-    student = spec.load_network(True, device, gradient_checkpointing=args.gradient_checkpointing)
-    fake_score = spec.load_network(True, device, gradient_checkpointing=args.gradient_checkpointing)
-    ema = spec.load_network(False, device, dtype=torch.float32) if args.ema_decay else student
+    teacher = model.load_network(trained=False, device=run.device)
+    student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
+    fake_score = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
+    ema = model.load_network(False, run.device, dtype=torch.float32) if args.ema_decay else student
+    from_data = args.student_input == "data"
+    read = args.discriminator_blocks if args.gan_weight else ()
     if args.gan_weight:
         torch.manual_seed(args.seed)
-        fake_score.discriminator = common.shard(Discriminator(fake_score, args.discriminator_blocks).to(device), device)
+        fake_score.heads = common.shard(Heads(fake_score.width, read).to(run.device), run.device)
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    if args.init and not args.resume:
-        common.load_init(args.init, networks)
-    run.begin(networks, optimizers)
-    preview = common.Preview(
-        run, spec, data, args.preview_prompts, args.preview_seeds, args.batch_size, args.seed, device
-    )
+
+    settings = (args.guidance_scale, args.shift, args.teacher_steps)
+    solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
+    if needs_clips(args) and not data.has_clips:
+        data = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
+    run.restore(networks, optimizers)
+    preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     if args.preview_every:
         preview.write_data()
-        noises = [(rng.normal(spec.latent_shape), cond) for rng, cond in preview.batches()]
-        solver = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
-        preview.write("teacher", [solve_ode(teacher, noise, cond, *solver) for noise, cond in noises])
+        preview.write("teacher", lambda rng, cond: solve(rng.normal(shape), cond))
 
     for step in range(run.step, args.steps + 1):
         done = step == args.steps
-        started = time.perf_counter()
-        log = defaultdict(float)
 
         # preview
         if args.preview_every and (done or step % args.preview_every == 0):
-            with torch.no_grad():
-                levels = args.student_sigmas
-                latents = [rollout(ema, rng, cond, spec.latent_shape, levels) for rng, cond in preview.batches()]
-            run.scalars(step, preview.write(f"step_{step:07d}", latents))
+            preview.write(step, lambda rng, cond: sample_student([ema], rng, cond, shape, args))
 
         # save
         stop = run.stop_signal()
         if step > run.step and (done or stop or step % args.save_every == 0):
-            run.save(step, networks, optimizers, export=ema)
+            run.save(step, networks, optimizers, students=[ema])
         if done or stop:
             break
 
         # ------------------------------------------------------------------------------------ one training step
 
-        left = 1 - step / args.steps if args.anneal_lr else 1
-        student_optimizer.param_groups[0]["lr"] = args.lr * left
-        fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * left
+        started, log = time.perf_counter(), defaultdict(float)
+        lr_scale = 1 - step / args.steps if args.anneal_lr else 1
+        student_optimizer.param_groups[0]["lr"] = args.lr * lr_scale
+        fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * lr_scale
 
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
         shared = common.SharedDraws(args.seed, step)
@@ -304,14 +261,11 @@ def main(args):
 
         # student
         if step % args.student_every == 0:
-            for micro in range(args.grad_accum):
-                numbers = common.sample_numbers(step, micro, args.batch_size, args.grad_accum)
-                rng, cond = common.Draws(args.seed, "student", numbers, device), data.cond(numbers)
-                x0_data = data.latents(numbers) if clips else None
-                x0 = rollout(student, rng, cond, spec.latent_shape, sigmas, x0_data if from_data else None)
+            for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
+                x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 with torch.no_grad():
                     sigma = sample_sigma(rng, args.shift)
-                    noise = rng.normal(spec.latent_shape)
+                    noise = rng.normal(shape)
                     x_t = add_noise(x0, noise, sigma)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
                     x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
@@ -319,8 +273,8 @@ def main(args):
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
                 if args.gan_weight:
-                    fake_score(add_noise(x0, noise, sigma), sigma, cond)
-                    gan_loss = gan_student_loss(fake_score.discriminator())
+                    _, features = fake_score(add_noise(x0, noise, sigma), sigma, cond, read)
+                    gan_loss = gan_student_loss(fake_score.heads(features))
                     log["loss/gan_student"] += gan_loss.detach() / args.grad_accum
                     loss = loss + args.gan_weight * gan_loss
                 (loss / args.grad_accum).backward()
@@ -331,21 +285,19 @@ def main(args):
             common.ema_update(ema, student, args.ema_decay)
 
         # fake score
-        for micro in range(args.grad_accum):
-            numbers = common.sample_numbers(step, micro, args.batch_size, args.grad_accum)
-            rng, cond = common.Draws(args.seed, "fake_score", numbers, device), data.cond(numbers)
-            x0_data = data.latents(numbers) if args.gan_weight or from_data else None
+        for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
-                x0 = rollout(student, rng, cond, spec.latent_shape, sigmas, x0_data if from_data else None)
+                x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 sigma = sample_sigma(rng, args.shift)
-                noise = rng.normal(spec.latent_shape)
+                noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
-            loss = flow_loss(fake_score(x_t, sigma, cond), x0, noise)
+            v, features = fake_score(x_t, sigma, cond, read)
+            loss = flow_loss(v, x0, noise)
             log["loss/fake_score"] += loss.detach() / args.grad_accum
             if args.gan_weight:
-                logits_fake = fake_score.discriminator()
-                fake_score(add_noise(x0_data, noise, sigma), sigma, cond)
-                gan_loss = discriminator_loss(logits_fake, fake_score.discriminator())
+                logits_fake = fake_score.heads(features)
+                _, features = fake_score(add_noise(x0_data(), noise, sigma), sigma, cond, read)
+                gan_loss = discriminator_loss(logits_fake, fake_score.heads(features))
                 log["loss/discriminator"] += gan_loss.detach() / args.grad_accum
                 loss = loss + args.discriminator_weight * gan_loss
             (loss / args.grad_accum).backward()
@@ -361,4 +313,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args, RECIPES))
+    launch(main, Args, RECIPES)

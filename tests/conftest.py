@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import dfd
 import dmd
+from harness.files import Fatal
+from harness.flags import with_recipe
+from harness.run import Run
 
 # sums in another order are other bits: one thread, here and in what the tests start
 torch.set_num_threads(1)
@@ -22,15 +26,15 @@ SMALL = {
     "steps": 3, "batch_size": 2, "preview_every": 0, "save_every": 100,
     "preview_prompts": 2, "preview_seeds": 2, "teacher_steps": 2,
 }  # fmt: skip
-PAIRS = {"num_pairs": 4, "pair_steps": 2}  # dmd.py alone has them
+PAIRS = {"num_samples": 4, "pair_steps": 2}  # dmd.py alone solves them on the tiny teacher
 
 
 def small(script, flags):
-    return {**SMALL, **(PAIRS if script is dmd else {}), **flags}
+    return {**SMALL, **(PAIRS if script is dmd else {}), **({"init": None} if script is dfd else {}), **flags}
 
 
 def small_args(script=dmd, **flags):
-    return common.with_recipe(script.Args, script.RECIPES, **small(script, flags))
+    return with_recipe(script.Args, script.RECIPES, **small(script, flags))
 
 
 def popen(processes=1, script=dmd, **flags):
@@ -56,20 +60,13 @@ def stopped(monkeypatch, step, run):
         return signal.SIGTERM * (len(asked) == step + 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "stop_signal", stop_signal)
+        patch.setattr(Run, "stop_signal", stop_signal)
         with pytest.raises(SystemExit):
             run()
 
 
-def recorded(monkeypatch, module, name):
-    """The arguments of every call of module.name from now on, a list of tuples that grows."""
-    calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.append(args), function(*args, **kwargs))[1])
-    return calls
-
-
 def only_run(runs_dir, script=dmd):
-    (run,) = Path(runs_dir).glob(f"{script.__name__}__*")
+    (run,) = Path(runs_dir).glob(f"{script.__name__.split('.')[-1]}__*")
     return run
 
 
@@ -94,14 +91,13 @@ def process_group():
 
 
 @pytest.fixture
-def fails(capsys):
-    """Run the function; it must end in one `error:` line with the words, and this exit code."""
+def fails():
+    """Run the function; it must end in a Fatal with the words, in one line, and this exit code."""
 
     def check(function, *words, code=2):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(Fatal) as stop:
             function()
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert stop.value.code == code
-        assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+        line = str(stop.value)
+        assert stop.value.code == code and "\n" not in line and all(word in line for word in words), line
 
     return check

@@ -22,7 +22,8 @@ def own_rows(x):
 
 def student_gradient():
     """Gradient [4, 4] on this rank's share of the batch, averaged over ranks."""
-    rank, world, _ = common.init_distributed()
+    common.init_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(0)
     z, x0_real, x0_fake = (torch.randn(8, 4, 3, 2, 2, generator=g).chunk(world)[rank] for _ in range(3))
     w = torch.eye(4).requires_grad_()

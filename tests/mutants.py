@@ -1,4 +1,4 @@
-"""Break one line of the code at a time and see that a test fails. Run by hand, not in CI: about 25 minutes on two cores.
+"""Break one line of the code at a time and see that a test fails. Run by hand, not in CI: about half an hour on two cores.
 
     python tests/mutants.py                 # all of them, two at a time
     python tests/mutants.py dmd2 codmd      # those of some files
@@ -19,79 +19,83 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # file: (tests that must notice, [(passage, what replaces it, which of its occurrences)])
 MAINS = "tests/test_mains.py -k"
-NOISE = "noise = rng.normal(spec.latent_shape)"
 SIGMA = "sigma = sample_sigma(rng, args.shift)"
 FAKE = "x0_fake = predict_x0(fake_score, x_t, sigma, cond)"
 REAL = "x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)"
 BACKWARD = "(loss / args.grad_accum).backward()"
-STREAM = 'common.Draws(args.seed, "fake_score", numbers, device)'
-CLIPS = "data.latents(numbers)"
+STREAM = 'data.micro_batches("fake_score", step'
 SHARED = [  # lines that dmd.py and its descendants share
     ("dmd_gradient(x0, x0_real, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_real)\n                loss", 1),
     (FAKE, FAKE.replace("fake_score", "teacher"), 1),
     (REAL, REAL.replace("teacher", "fake_score"), 1),
     (REAL, REAL.replace("args.guidance_scale", "1.0"), 1),
-    (REAL, REAL.replace("x_t", "add_noise(x0, rng.normal(spec.latent_shape), sigma)"), 1),
-    ("flow_loss(fake_score(x_t, sigma, cond), x0, noise)", "flow_loss(fake_score(x_t, sigma, cond), x0, rng.normal(spec.latent_shape))", 1),
+    (REAL, REAL.replace("x_t", "add_noise(x0, rng.normal(shape), sigma)"), 1),
+    (", x0, noise)\n            log", ", x0, rng.normal(shape))\n            log", 1),
     (STREAM, STREAM.replace('"fake_score"', '"student"'), 1),
     (BACKWARD, "loss.backward()", 1),
     (BACKWARD, "loss.backward()", 2),
     ("fake_score_optimizer.step()\n        fake_score_optimizer.zero_grad()", "fake_score_optimizer.step()", 1),
     ("student_optimizer.zero_grad()\n", "pass\n", 1),
     ("common.ema_update(ema, student, args.ema_decay)\n\n", "pass\n        common.ema_update(ema, student, args.ema_decay)\n\n", 1),
-    ("export=ema", "export=student", 1),
-    ("rollout(ema, ", "rollout(student, ", 1),
+    ("students=[ema]", "students=[student]", 1),
+    ("sample_student([ema], ", "sample_student([student], ", 1),
     ('"betas": args.betas, ', "", 1),
     ('"weight_decay": args.weight_decay, ', "", 1),
     ("common.clip_grad_norm(student, args.max_grad_norm)", "common.clip_grad_norm(student, 1e9)", 1),
     ("common.clip_grad_norm(fake_score, args.max_grad_norm)", "common.clip_grad_norm(fake_score, 1e9)", 1),
     ("step % args.student_every == 0", "step % args.student_every == 1", 1),
-    ("args.lr * left", "args.lr", 1),
-    ("args.fake_score_lr * left", "args.fake_score_lr", 1),
-    ("args.fake_score_lr * left", "args.lr * left", 1),
-    ('"student", numbers, device), data.cond(numbers)', '"student", numbers, device), data.cond([n + 1 for n in numbers])', 1),
-    ("preview.write(\"teacher\", [solve_ode(teacher,", "preview.write(\"teacher\", [solve_ode(student,", 1),
-    ("solver = (null_cond, args.guidance_scale,", "solver = (null_cond, 1.0,", 1),
+    ("args.lr * lr_scale", "args.lr", 1),
+    ("args.fake_score_lr * lr_scale", "args.fake_score_lr", 1),
+    ("args.fake_score_lr * lr_scale", "args.lr * lr_scale", 1),
+    ('data.micro_batches("student", step,', 'data.micro_batches("student", step + 1,', 1),
 ]  # fmt: skip
 TIMES = [(SIGMA, SIGMA.replace("args.shift", "1.0"), 1), (SIGMA, SIGMA.replace("args.shift", "1.0"), 2)]
 GAN = [
-    ("discriminator_loss(logits_fake, fake_score.discriminator())", "discriminator_loss(fake_score.discriminator(), logits_fake)", 1),
-    ("add_noise(x0_data, noise, sigma)", "add_noise(data.latents([n + 1 for n in numbers]), noise, sigma)", 1),
-    ("add_noise(x0_data, noise, sigma)", "add_noise(x0_data, rng.normal(spec.latent_shape), sigma)", 1),
+    ("discriminator_loss(logits_fake, fake_score.heads(features))", "discriminator_loss(fake_score.heads(features), logits_fake)", 1),
+    ("add_noise(x0_data(), noise, sigma)", "add_noise(data.latents([n + 1 for n in rng.numbers]), noise, sigma)", 1),
+    ("add_noise(x0_data(), noise, sigma)", "add_noise(x0_data(), rng.normal(shape), sigma)", 1),
     ("loss + args.discriminator_weight * gan_loss", "loss + gan_loss", 1),
     ("loss + args.gan_weight * gan_loss", "loss + 10 * args.gan_weight * gan_loss", 1),
     ("            fake_score_optimizer.zero_grad()  # of what the student's GAN loss left in it\n", "", 1),
-    ("fake_score(add_noise(x0, noise, sigma), sigma, cond)", "fake_score(add_noise(x0, noise, 1 - sigma), sigma, cond)", 1),
+    ("fake_score(add_noise(x0, noise, sigma), sigma, cond, read)", "fake_score(add_noise(x0, noise, 1 - sigma), sigma, cond, read)", 1),
+    ("_, features = fake_score(add_noise(x0_data()", "_, _ = fake_score(add_noise(x0_data()", 1),
+    ("fake_score(add_noise(x0, noise, sigma)", "fake_score(x_t", 1),
 ]  # fmt: skip
 EXITS = [
     ("1 + int(shared.uniform(\"exit\") * len(args.student_sigmas))", "int(shared.uniform(\"exit\") * len(args.student_sigmas)) or 1", 1),
-    ("x0_data if from_data else None", "None", 1),
-    ("x0_data if from_data else None", "None", 2),
+    ("x0_data() if from_data else None", "None", 1),
+    ("x0_data() if from_data else None", "None", 2),
     ("x0 = rollout(student, rng", "x0 = rollout(ema, rng", 2),
 ]  # fmt: skip
-COIN = 'x_t = add_noise(x0_data if shared.uniform("coin") < args.data_prob else x0, noise, sigma)'
+COMMON = (
+    "tests/test_common.py tests/test_dmd2.py tests/test_dfd.py tests/test_runs.py tests/test_codmd.py "
+    "tests/test_phased_dmd.py tests/test_mains.py"
+)
+COIN = 'x_t = add_noise(x0_data() if shared.uniform("coin") < args.data_prob else x0, noise, sigma)'
 RELATION = "relation_loss(x0, x0_real, x0_fake, *weights)"
 MUTANTS = {
     "dmd.py": (f"{MAINS} test_dmd and not dmd2", [*(m for m in SHARED), *TIMES,
         ("x0 = rollout(student, rng", "x0 = rollout(ema, rng", 2),
         ("(args.regression_weight * loss", "(loss", 1),
-        ("torch.ones_like(sigma), cond)", "sigma, cond)", 1),
-        ('pairs.latents(numbers), pairs.latents(numbers, "noise")', 'pairs.latents(numbers, "noise"), pairs.latents(numbers)', 1),
-        ('"noise"), pairs.cond(numbers)', '"noise"), cond', 1),
+        ("torch.ones_like(sigma), pairs", "sigma, pairs", 1),
+        ('pairs.latents(rng.numbers, "noise"), pairs.latents(rng.numbers)', 'pairs.latents(rng.numbers), pairs.latents(rng.numbers, "noise")', 1),
+        ("pairs.cond(rng.numbers)", "cond", 1),
         ("F.mse_loss(x0, x0_pair)", "F.l1_loss(x0, x0_pair)", 1),
     ]),
     "dmd2.py": (f"{MAINS} test_dmd2", [*SHARED, *TIMES, *GAN, *EXITS,
+        ("lambda rng, cond: solve(rng", "lambda rng, cond: sample_student([ema], rng, cond, shape, args) + 0 * solve(rng", 1),
         ("return F.softplus(-logits_fake).mean()", "return F.softplus(logits_fake).mean()", 1),
         ("add_noise(predict_x0(student, x_t, sigma, cond), rng.normal(shape), sigma_next)", "add_noise(predict_x0(student, x_t, sigma, cond), x_t, sigma_next)", 1),
-        ("for i, head in zip(self.read", "for i, head in zip(self.read[::-1]", 1),
+        ("zip(self.blocks, features, strict=True)", "zip(self.blocks, features[::-1], strict=True)", 1),
+        ("read = args.discriminator_blocks if", "read = args.discriminator_blocks[::-1] if", 1),
     ]),
     "dfd.py": (f"{MAINS} test_dfd", [
-        (COIN, COIN.replace("noise, sigma", "rng.normal(spec.latent_shape), sigma"), 1),
+        (COIN, COIN.replace("noise, sigma", "rng.normal(shape), sigma"), 1),
         (COIN, COIN.replace("noise, sigma", "noise, 1 - sigma"), 1),
         (COIN, COIN.replace('shared.uniform("coin") < args.data_prob', "args.data_prob"), 1),
         (COIN, COIN.replace("shared.uniform", "common.SharedDraws(args.seed, 7 * step + micro).uniform"), 1),
         (COIN, COIN.replace('"coin"', '"exit"'), 1),
-        (COIN, COIN.replace("x0_data if", "x0 if").replace("else x0", "else x0_data"), 1),
+        (COIN, COIN.replace("x0_data() if", "x0 if").replace("else x0", "else x0_data()"), 1),
         (FAKE + "\n                    " + COIN, COIN + "  #\n                    " + FAKE, 1),
         ("grad = dmd_gradient(x0, x0_real, x0_fake)\n                loss", 'grad = dmd_gradient(x0, x0_real, x0_fake) * (-1) ** (shared.uniform("coin") < args.data_prob)\n                loss', 1),
         (REAL, REAL + "\n                    x0_own = guided_x0(teacher, add_noise(x0, noise, sigma), sigma, cond, null_cond, args.guidance_scale)\n"
@@ -118,44 +122,65 @@ MUTANTS = {
         ("loss = student_loss(x0, grad)", "loss = student_loss(x_s, grad)", 1),
         ("dmd_gradient(x0, x0_real, x0_fake)\n", "dmd_gradient(x_s, x0_real, x0_fake)\n", 1),
         ("dmd_gradient(x0, x0_real, x0_fake)\n", "dmd_gradient(x0, x0_fake, x0_real)\n", 1),
-        ("velocity_gradient(x0_real, x0_fake, sigma, end)", "velocity_gradient(x0_fake, x0_real, sigma, end)", 1),
-        ("* (x0_fake - x0_real) / t ", "* (x0_fake - x0_real) ", 1),
-        ("(1 - t) ** 2 / ((1 - s) * t)", "1 / ((1 - s) * t)", 1),
         ("            student_optimizer.state.clear()\n", "", 1),
         ("            fake_score_optimizer.state.clear()\n", "", 1),
         (BACKWARD, "loss.backward()", 1),
         (BACKWARD, "loss.backward()", 2),
         ("1 - step * phases / args.steps % 1", "1 - step / args.steps", 1),
         ("[*experts, *[ema] * phases]", "[ema] * phases", 1),
-        ("fake_score(add_noise(x0_data, noise, sigma)", "fake_score(add_noise(x0_data, rng.normal(spec.latent_shape), sigma)", 1),
+        ("fake_score(add_noise(x0_data(), noise, sigma)", "fake_score(add_noise(x0_data(), rng.normal(shape), sigma)", 1),
         ("x_t = renoise(x_s, noise, sigma, end)\n                    x0_fake", "x_t = add_noise(x_s, noise, sigma)\n                    x0_fake", 1),
         ("for network in (student, fake_score, ema)", "for network in (student, ema)", 1),
         ("common.ema_update(experts[-1], ema, decay=0)", "common.ema_update(experts[-1], student, decay=0)", 1),
-        ("export=[*experts, ema]", "export=[ema, *experts]", 1),
-        ("sample_sigma(rng, args.shift, end, top)", "sample_sigma(rng, args.shift, 0.0, top)", 1),
-        ("sample_sigma(rng, args.shift, end, top)", "sample_sigma(rng, args.shift, 0.0, top)", 2),
-        ("top = start if args.disjoint_times", "top = 1.0 if args.disjoint_times", 1),
-        ("0 if args.naive_target else end", "end", 1),
+        ("students=[*experts, ema]", "students=[ema, *experts]", 1),
+        ("sample_sigma(rng, args.shift, end)", "sample_sigma(rng, args.shift, 0.0)", 1),
+        ("sample_sigma(rng, args.shift, end)", "sample_sigma(rng, args.shift, 0.0)", 2),
         ('"betas": args.betas, ', "", 1),
     ]),
-    "common.py": ("tests/test_runs.py tests/test_common.py tests/test_codmd.py tests/test_dmd2.py tests/test_mains.py", [
+    "experiments/phased_ablations.py": (f"{MAINS} test_phased", [
+        ("velocity_gradient(real, fake, last", "velocity_gradient(fake, real, last", 1),
+        ("* (x0_fake - x0_real) / t ", "* (x0_fake - x0_real) ", 1),
+        ("(1 - t) ** 2 / ((1 - s) * t)", "1 / ((1 - s) * t)", 1),
+        ("student_loss(last[\"x_s\"], grad)", "student_loss(x0, grad)", 1),
+        ("noise, sigma, 0)", "noise, sigma, s)", 1),
+        ("starts[s]) if args.disjoint_times", "1.0) if args.disjoint_times", 1),
+    ]),
+    "families/wan.py": ("tests/test_runs.py tests/test_dmd2.py", [
         ("timestep = 1000 * sigma.float()", "timestep = (1000 * sigma).bfloat16()", 1),
         ("timestep = 1000 * sigma.float()", "timestep = 999 * sigma.float()", 1),
+        ("[features[i] for i in read]", "list(features.values())", 1),
+        ("        for hook in hooks:\n            hook.remove()\n", "", 1),
+    ]),
+    "common.py": (COMMON, [
         ("return torch.cat(all_gather(x))", "return x", 1),
         ("(step * grad_accum + micro) * dist.get_world_size()", "(step * grad_accum) * dist.get_world_size()", 1),
         ("dist.get_rank()) * batch_size", "0) * batch_size", 1),
         ("list(student.parameters()), 1 - decay)", "list(student.parameters()), decay)", 1),
-        ("(packed / dist.get_world_size())", "packed", 1),
         ("hashed(self.seed, \"epoch\", epoch)", "hashed(self.seed, \"epoch\")", 1),
         ("hashed(seed, stream, int(i))", "hashed(seed, int(i))", 1),
         ("hashed(seed, stream, int(i))", "hashed(stream, int(i))", 1),
-        ("return (latents.float() - rearrange(mean", "return (latents.float() + rearrange(mean", 1),
+        ("return (latents.float() - mean) / std", "return (latents.float() + mean) / std", 1),
+        ("(latents * std + mean)", "(latents * std)", 1),
         ("bound = parameter.shape[1] ** -0.5", "bound = 2 * parameter.shape[1] ** -0.5", 1),
-        ("module.scaling[\"default\"] * up @ down", "up @ down", 1),
-        ("set_optimizer_state_dict(networks[name], optimizer, own, options=flat)", "pass", 1),
-        ("[: len(out)]\n            out[: len(tokens)] = tokens", "[: len(out)]\n            out[-len(tokens) :] = tokens", 1),
+        ("out[: len(tokens)] = tokens", "out[-len(tokens) :] = tokens", 1),
+        ("and (not lora_rank or \".lora_\" in name)", "", 1),
+        ("else torch.float32\n        with init_empty", "else torch.bfloat16\n        with init_empty", 1),
+        ("self.latents(numbers))", "self.latents(range(len(numbers))))", 1),
     ]),
-    "tools/vbench.py": ("tests/test_eval_vbench.py", [
+    "harness/checkpoints.py": (COMMON, [
+        ("module.scaling[\"default\"] * up @ down", "up @ down", 1),
+        ("set_optimizer_state_dict(networks[name], optimizer, own, options=FLAT)", "pass", 1),
+        ("common.ema_update(networks[\"ema\"], networks[\"student\"], 0)", "pass", 1),
+        ("return max(runs, key", "return min(runs, key", 1),
+    ]),
+    "harness/run.py": (COMMON, [
+        ("(packed / dist.get_world_size())", "packed", 1),
+        ("load_init(self.init, networks)", "pass", 1),
+    ]),
+    "harness/preview.py": (MAINS.removesuffix(" -k"), [
+        ("number // self.seeds", "number % self.seeds", 1),
+    ]),
+    "evaluation/vbench.py": ("tests/test_eval_vbench.py", [
         ("(0.0009, 0.2855, 1)", "(0.0009, 0.2955, 1)", 1),
         ("(4 * quality + semantic) / 5", "(3 * quality + semantic) / 4", 1),
     ]),
@@ -174,7 +199,7 @@ def verdict(file, tests, passage, other, which):
     text = mutated((ROOT / file).read_text(), passage, other, which)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", "docs"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__"))
         (copy / file).write_text(text)
         words, _, only = tests.partition(" -k ")
         command = [

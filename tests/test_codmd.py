@@ -10,9 +10,9 @@ import torch
 
 import codmd
 import dmd2
+from experiments import codmd_cells
 from tests.conftest import ROOT, distance, popen, same, small_args, student_weights
 from tests.gathered import student_gradient
-from tools import codmd_cells
 
 
 def rows(*shape, seed=0):

@@ -1,8 +1,15 @@
 """common.py's data: random draws, shards, prompts."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 import common
+import dmd
+from harness.files import Fatal, hashed, written_aside
+from harness.flags import one_line_errors
+from harness.samples import teacher_samples
 from tests.test_runs import make_shard
 
 CPU = torch.device("cpu")
@@ -31,15 +38,15 @@ def test_draws_are_standard_normal_and_uniform():
 
 
 def test_a_seed_is_the_same_on_every_machine():
-    assert common.hashed(0, "student", 5) == 5913651658624635023
+    assert hashed(0, "student", 5) == 5913651658624635023
 
 
 def test_shards_hand_out_every_row_once_an_epoch(tmp_path):
-    spec = common.Teacher("tiny", 9, 32, 32)
-    rows = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, *spec.latent_shape)
-    make_shard(tmp_path / "a.safetensors", spec, n=3, latents=rows[:3])
-    make_shard(tmp_path / "b.safetensors", spec, n=2, latents=rows[3:])
-    data = common.Shards(tmp_path, spec, CPU, keys=("latents",), seed=1)
+    model = common.Model("tiny", 9, 32, 32)
+    rows = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, *model.latent_shape)
+    make_shard(tmp_path / "a.safetensors", model, n=3, latents=rows[:3])
+    make_shard(tmp_path / "b.safetensors", model, n=2, latents=rows[3:])
+    data = common.Shards(tmp_path, model, CPU, 1, keys=("latents",))
     epochs = [data.latents(range(first, first + 5))[:, 0, 0, 0, 0].tolist() for first in (0, 5, 10)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -47,69 +54,50 @@ def test_shards_hand_out_every_row_once_an_epoch(tmp_path):
 
 
 def test_embeddings_are_padded_with_zeros(tmp_path):
-    spec = common.Teacher("tiny", 9, 32, 32)
-    texts = [torch.randn(n, spec.text_dim) for n in (2, 40, 3)]
+    model = common.Model("tiny", 9, 32, 32)
+    texts = [torch.randn(n, model.text_dim) for n in (2, 40, 3)]
     common.write_shard(tmp_path / "0.safetensors", ["x"] * 3, texts)
-    text = common.Shards(tmp_path, spec, CPU).cond_of([2, 0, 1])["text"]
-    assert text.shape == (3, spec.text_length, spec.text_dim)
+    text = common.Shards(tmp_path, model, CPU).cond_of([2, 0, 1])["text"]
+    assert text.shape == (3, model.text_length, model.text_dim)
     assert torch.equal(text[0, :3], texts[2]) and text[0, 3:].abs().sum() == 0
     assert torch.equal(text[1, :2], texts[0]) and text[1, 2:].abs().sum() == 0
-    assert torch.equal(text[2], texts[1][: spec.text_length]), "a longer prompt is cut"
+    assert torch.equal(text[2], texts[1][: model.text_length]), "a longer prompt is cut"
 
 
 def test_prompts_are_encoded_once(tmp_path, monkeypatch):
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na blue square, école, \N{SNOWMAN}\n", encoding="utf-8")
-    first = common.load_data(spec, str(path), None, tmp_path, device, 0)
+    first = common.load_data(model, str(path), None, tmp_path, device, 0)
     assert first.prompts == ["a red circle", "a blue square, école, \N{SNOWMAN}"]
-    monkeypatch.setattr(spec.family, "text_encoder", None)  # a second encoding would fail
-    again = common.load_data(spec, str(path), None, tmp_path, device, 0)
+    monkeypatch.setattr(model.family, "text_encoder", None)  # a second encoding would fail
+    again = common.load_data(model, str(path), None, tmp_path, device, 0)
     assert torch.equal(first.cond([0, 1])["text"], again.cond([0, 1])["text"])
 
 
 def test_pairs_are_the_teachers_own(tmp_path):
-    """What solve_pairs caches is what the solver gives, prompt by prompt, and a rerun reads the cache."""
-    import dmd
-    from tests.conftest import small_args
-
-    args = small_args(num_pairs=3)
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
-    data = common.load_data(spec, None, None, tmp_path, device, 0)
-    null_cond = common.encode_text(spec, [""], tmp_path, device).cond_of([0])
-    teacher = spec.load_network(False, device)
-    pairs = dmd.solve_pairs(args, spec, teacher, data, null_cond, device, tmp_path / "pairs")
+    """What is cached is what the solver gives, prompt by prompt, and a rerun reads the cache."""
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    run = SimpleNamespace(device=device, cache=tmp_path, max_hours=1.0)
+    data = common.load_data(model, None, None, tmp_path, device, 0)
+    null_cond = common.encode_text(model, [""], tmp_path, device).cond_of([0])
+    teacher = model.load_network(False, device)
+    solve = lambda noise, cond: dmd.solve_ode(teacher, noise, cond, null_cond, 2.0, 1.0, 2)
+    pairs = teacher_samples(run, data, solve, 3, 2, (2.0, 1.0, 2))
     assert pairs.prompts == [data.prompt(number) for number in range(3)]
     cond = data.cond(range(3))
     assert torch.equal(pairs.cond_of(range(3))["text"], cond["text"])
     noise = pairs.latents_of(range(3), "noise")
-    solved = dmd.solve_ode(teacher, noise, cond, null_cond, args.guidance_scale, args.shift, args.pair_steps)
-    torch.testing.assert_close(pairs.latents_of(range(3)), solved, atol=1e-4, rtol=1e-4)
-    cached = dmd.solve_pairs(args, spec, None, data, null_cond, device, tmp_path / "pairs")
+    torch.testing.assert_close(pairs.latents_of(range(3)), solve(noise, cond), atol=1e-4, rtol=1e-4)
+    cached = teacher_samples(run, data, None, 3, 2, (2.0, 1.0, 2))
     assert torch.equal(cached.latents_of(range(3)), pairs.latents_of(range(3)))
-
-
-def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
-    import dmd
-    from tests.conftest import small_args
-    from tools import make_pairs
-
-    out = tmp_path / "pairs"
-    make_pairs.main(out, small_args(runs_dir=tmp_path))
-    shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    assert len(shards) == 2
-    (out / "00000002.safetensors").unlink()
-    make_pairs.main(out, small_args(runs_dir=tmp_path))
-    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
-    fails(lambda: make_pairs.main(out, small_args(runs_dir=tmp_path, pair_steps=3)), "other settings")
-    fails(lambda: make_pairs.main(out, small_args(dry_run=True)), "--dry-run")
-    fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(runs_dir=tmp_path)), "is a file")
-    dmd.main(small_args(runs_dir=tmp_path, pairs=str(out), steps=1))
+    with pytest.raises(TypeError):  # other settings are other samples
+        teacher_samples(run, data, None, 3, 2, (2.5, 1.0, 2))
 
 
 def test_a_bf16_teacher_keeps_its_rotary_tables_in_float32():
-    spec = common.Teacher("tiny", 9, 32, 32)
-    networks = [spec.load_network(False, CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    model = common.Model("tiny", 9, 32, 32)
+    networks = [model.load_network(False, CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     low, high = (dict(network.named_buffers()) for network in networks)
     assert low and all(torch.equal(low[name], high[name]) and low[name].dtype == torch.float32 for name in high)
     assert {p.dtype for p in networks[0].parameters()} == {torch.bfloat16}
@@ -117,8 +105,6 @@ def test_a_bf16_teacher_keeps_its_rotary_tables_in_float32():
 
 def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
     """Two ranks that solve the same pairs, or two runs that fill the same cache."""
-    from tools.metrics import written_aside
-
     with written_aside(tmp_path / "0.safetensors") as first:
         first.write_text("first")
         with written_aside(tmp_path / "0.safetensors") as second:
@@ -128,7 +114,8 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
 
 def test_a_line_is_printed_once_a_machine_unless_one_rank_alone_meets_it(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    common.Fatal("everybody's")
-    assert not capsys.readouterr().err
-    common.Fatal("mine", alone=True)
-    assert capsys.readouterr().err == "error: mine\n"
+    for error, line in ((Fatal("everybody's"), ""), (Fatal("mine", code=1, alone=True), "error: mine\n")):
+        assert not capsys.readouterr().err, "making an error prints nothing"
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            raise error
+        assert stop.value.code == error.code and capsys.readouterr().err == line

@@ -1,7 +1,10 @@
 """dfd.py: the fixed points that METHODS.md derives, data_prob 0 is dmd2.py, and the ask for --init."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -94,7 +97,7 @@ def test_data_prob_0_is_dmd2_bit_for_bit(tmp_path, student_input):
     runs = {}
     for data_prob in (0.0, 1.0):
         folder = tmp_path / str(data_prob)
-        dfd.main(small_args(dfd, runs_dir=folder, data_prob=data_prob, from_scratch=True, **flags))
+        dfd.main(small_args(dfd, runs_dir=folder, data_prob=data_prob, **flags))
         runs[data_prob] = losses(folder, dfd), student_weights(folder, 6, dfd)
     assert runs[0.0][0] == losses(tmp_path, dmd2)
     assert same(runs[0.0][1], student_weights(tmp_path, 6, dmd2))
@@ -112,21 +115,31 @@ def test_the_coin_is_a_function_of_the_step_and_fair():
     assert abs(torch.corrcoef(both)[0, 1]) < 0.05
 
 
-def test_it_asks_for_a_student_to_start_from(tmp_path, fails):
-    fails(lambda: dfd.main(small_args(dfd, runs_dir=tmp_path)), "--init", "not to converge", "--from-scratch")
+def test_it_starts_from_the_newest_finished_dmd2_run(tmp_path, fails, capsys):
+    flags = {"runs_dir": tmp_path, "init": "dmd2", "steps": 1}
+    fails(lambda: dfd.main(small_args(dfd, **flags)), "no finished run of dmd2.py", "torchrun dmd2.py", "--init None")
     assert not list(tmp_path.iterdir())
-    dfd.main(small_args(dfd, runs_dir=tmp_path, steps=1, from_scratch=True))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
+    run = only_run(tmp_path, dmd2)
+    dfd.main(small_args(dfd, lr=0.0, weight_decay=0.0, **flags))
+    assert f"of {run}/checkpoints/step_0000002" in capsys.readouterr().out
+    assert json.loads((only_run(tmp_path, dfd) / "args.json").read_text())["init"] == str(run)
+    raw = [load_state(path, "student") for path in (run, only_run(tmp_path, dfd))]
+    assert same(*raw)
+    # what did not finish, or is of another teacher, is not meant
+    (run / "checkpoints" / "step_0000002").rename(run / "checkpoints" / "step_0000001")
+    fails(lambda: dfd.main(small_args(dfd, **flags)), "no finished run")
 
 
-def test_prompts_alone_are_not_enough(tmp_path, fails):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n")
-    flags = {"prompts": str(prompts), "from_scratch": True, "student_input": "simulate", "runs_dir": tmp_path}
-    fails(lambda: dfd.main(small_args(dfd, **flags)), "--data-prob needs clips")
+def load_state(run, name):
+    """One network's weights in the newest checkpoint of a run."""
+    (folder,) = (run / "checkpoints").glob("step_*/state")
+    every = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    return {k: v for k, v in every.items() if k.startswith(f"{name}.")}
 
 
 def test_two_ranks_toss_one_coin(tmp_path):
-    flags = {"steps": 6, "student_every": 1, "gan_weight": 0.0, "from_scratch": True, "data_prob": 0.5}
+    flags = {"steps": 6, "student_every": 1, "gan_weight": 0.0, "data_prob": 0.5}
     two = popen(2, dfd, runs_dir=tmp_path / "two", batch_size=1, **flags)
     dfd.main(small_args(dfd, runs_dir=tmp_path / "one", **flags))
     dfd.main(small_args(dfd, runs_dir=tmp_path / "none", **{**flags, "data_prob": 0.0}))

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-import common
 import dmd
+from families import PRESETS
+from harness.flags import with_recipe
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
 
 
@@ -142,9 +143,9 @@ def test_fake_score_loss_is_least_at_the_exact_velocity():
 
 
 def test_recipes_name_real_arguments():
-    for teacher in common.TEACHERS:
-        args = common.with_recipe(dmd.Args, dmd.RECIPES, teacher=teacher, seed=7)
+    for teacher in PRESETS:
+        args = with_recipe(dmd.Args, dmd.RECIPES, teacher=teacher, seed=7)
         assert args.teacher == teacher and args.seed == 7
-    assert common.with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny").frames == 9
-    assert common.with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny", frames=5).frames == 5
-    assert math.isclose(common.with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b").lr, 2e-6)
+    assert with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny").frames == 9
+    assert with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny", frames=5).frames == 5
+    assert math.isclose(with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b").lr, 2e-6)

@@ -75,66 +75,89 @@ def test_gan_losses():
     assert losses[1.0] < min(losses[0.7], losses[1.3])
 
 
-def test_the_discriminator_reads_the_last_forward_and_can_learn():
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
-    network = spec.load_network(True, device)
+def test_the_discriminator_reads_what_a_forward_returns_and_can_learn():
+    device, model, read = common.init_distributed(), common.Model("tiny", 9, 32, 32), (3, 1)
+    network = model.load_network(True, device)
     torch.manual_seed(0)
-    network.discriminator = dmd2.Discriminator(network, (1, 3))
-    sigma, cond = torch.tensor([0.3, 0.9]), {"text": torch.zeros(2, spec.text_length, spec.text_dim)}
-    x_t = torch.randn(2, *spec.latent_shape, requires_grad=True)
+    network.heads = dmd2.Heads(network.width, read)
+    sigma, cond = torch.tensor([0.3, 0.9]), {"text": torch.zeros(2, model.text_length, model.text_dim)}
+    x_t = torch.randn(2, *model.latent_shape, requires_grad=True)
+    v, features = network(x_t, sigma, cond, read)
+    assert torch.equal(v, network(x_t, sigma, cond)) and network(x_t, sigma, cond, ())[1] == []
+    # the features are those blocks' outputs, in the order that was asked for
+    kept, tokens = {}, 80
+    for i in read:
+        network.blocks[i].register_forward_hook(lambda block, args, out, i=i: kept.update({i: out}))
     network(x_t, sigma, cond)
-    logits = network.discriminator()
-    assert logits.shape == (2, 80, 2)
+    for i, x in zip(read, features, strict=True):
+        assert torch.equal(x, kept[i]) and x.shape == (2, tokens, network.width)
+    logits = network.heads(features)
+    assert logits.shape == (2, tokens, 2)
     dmd2.gan_student_loss(logits).backward()
     assert x_t.grad.abs().sum() > 0 and network.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
     assert network.blocks[3].attn1.to_q.weight.grad.abs().sum() > 0
-    with pytest.raises(KeyError):  # each forward is read once, so stale features cannot be
-        network.discriminator()
 
-    with torch.no_grad():  # a recomputed forward fills the features in another order
-        network(x_t, sigma, cond)
-        expected, kept = network.discriminator(), {}
-        network(x_t, sigma, cond)
-        kept, features = dict(reversed(network.discriminator.features.items())), network.discriminator.features
-        features.clear(), features.update(kept)
-        torch.testing.assert_close(network.discriminator(), expected)
-
-    optimizer = torch.optim.Adam(network.discriminator.parameters(), lr=1e-2)
-    real, fake = torch.randn(2, *spec.latent_shape), torch.randn(2, *spec.latent_shape) + 0.5
+    optimizer = torch.optim.Adam(network.heads.parameters(), lr=1e-2)
+    real, fake = torch.randn(2, *model.latent_shape), torch.randn(2, *model.latent_shape) + 0.5
     losses = []
     for _ in range(30):
-        network(fake, sigma, cond)
-        logits_fake = network.discriminator()
-        network(real, sigma, cond)
-        losses.append(dmd2.discriminator_loss(logits_fake, network.discriminator()))
+        logits_fake, logits_real = (network.heads(network(x, sigma, cond, read)[1]) for x in (fake, real))
+        losses.append(dmd2.discriminator_loss(logits_fake, logits_real))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.5 < 1.2 < losses[0]
 
 
-def test_no_gan_needs_no_clips(tmp_path, fails):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_features_carry_the_same_gradient_when_activations_are_recomputed(gradient_checkpointing):
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    gradients = []
+    for flag in (False, gradient_checkpointing):
+        network = model.load_network(True, device, gradient_checkpointing=flag).train()
+        x_t = torch.ones(1, *model.latent_shape)
+        cond = {"text": torch.ones(1, model.text_length, model.text_dim)}
+        _, features = network(x_t, torch.tensor([0.5]), cond, read=(1, 3))
+        sum(x.square().sum() for x in features).backward()
+        gradients.append(network.blocks[0].attn1.to_q.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_prompts_alone_are_enough(tmp_path):
+    """The discriminator and --student-input data need clips: the teacher makes them, once."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    flags = {"runs_dir": tmp_path / "runs", "prompts": str(prompts), "steps": 1}
-    fails(lambda: dmd2.main(small_args(dmd2, **flags)), "--gan-weight needs clips", "--data FOLDER")
-    flags["gan_weight"] = 0.0
-    fails(lambda: dmd2.main(small_args(dmd2, student_input="data", **flags)), "--student-input data needs clips")
-    assert not (tmp_path / "runs").exists()
-    dmd2.main(small_args(dmd2, **flags))
+    flags = {"runs_dir": tmp_path / "runs", "prompts": str(prompts), "steps": 1, "num_samples": 3}
+    dmd2.main(small_args(dmd2, gan_weight=0.0, **flags))
+    cache = tmp_path / "runs" / "cache"
+    assert not list(cache.glob("pairs_*")), "no clips are needed"
     state = only_run(tmp_path / "runs", dmd2) / "checkpoints" / "step_0000001" / "state"
-    assert not any("discriminator" in key for path in state.glob("*.safetensors") for key in load_file(path))
+    assert not any("heads" in key for path in state.glob("*.safetensors") for key in load_file(path))
+    dmd2.main(small_args(dmd2, gan_weight=0.0, student_input="data", **flags))
+    (folder,) = cache.glob("pairs_*")
+    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(made) == ["00000000.safetensors", "00000002.safetensors"]
+    dmd2.main(small_args(dmd2, gan_weight=0.1, **flags))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
+
+
+def test_clips_that_take_too_long_are_refused(tmp_path, fails):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    flags = {"runs_dir": tmp_path, "prompts": str(prompts), "num_samples": 1000, "max_hours": 1e-6}
+    fails(lambda: dmd2.main(small_args(dmd2, **flags)), "1000 samples", "hours", "--max-hours", "--data")
+    assert not list(tmp_path.glob("dmd2__*"))
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"betas": (0.5, 1.0)}, ["--betas", "at least 0 and below 1"]),
         ({"student_sigmas": (0.9, 0.5)}, ["--student-sigmas", "start at 1"]),
         ({"student_sigmas": (1.0, 0.5, 0.5)}, ["--student-sigmas", "fall"]),
         ({"student_sigmas": ()}, ["--student-sigmas"]),
         ({"gan_weight": -1.0}, ["--gan-weight", "at least 0"]),
         ({"discriminator_blocks": (1, 4)}, ["--discriminator-blocks", "0 to 3"]),
-        ({"discriminator_blocks": (1, 4), "dry_run": True}, ["--discriminator-blocks", "0 to 3"]),
         ({"discriminator_blocks": (-1, 3)}, ["--discriminator-blocks", "from 0"]),
         ({"discriminator_blocks": ()}, ["--discriminator-blocks", "different numbers"]),
         ({"discriminator_blocks": (1, 1)}, ["--discriminator-blocks", "different numbers"]),
@@ -191,7 +214,7 @@ def test_init_takes_student_fake_score_and_average_of_an_earlier_run(tmp_path, c
     dmd2.main(small_args(dmd2, runs_dir=tmp_path / "second", init=run, **still))
     after = state_of(tmp_path / "second", 1, dmd2)
     for name in ("student", "fake_score"):
-        wanted = {k: v for k, v in part(before, name).items() if "discriminator" not in k}
+        wanted = {k: v for k, v in part(before, name).items() if "heads" not in k}
         assert same(part(after, name), wanted)
     assert "starting from ema, fake_score, student" in capsys.readouterr().out
 

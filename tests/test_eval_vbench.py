@@ -1,4 +1,4 @@
-"""eval_vbench.py and tools/vbench.py: the totals, the official list, whole small evaluations, what must be refused."""
+"""eval_vbench.py and evaluation/: the totals, the official list, whole small evaluations, what must be refused."""
 
 import importlib.util
 import json
@@ -22,11 +22,14 @@ from PIL import Image
 import common
 import dmd2
 import eval_vbench
+import phased_dmd
 from eval_vbench import Args
-from tests.conftest import ROOT, small_args
-from tiny import data as tiny
-from tools import metrics, vbench
-from tools.ledger import Ledger
+from evaluation import proxies, report, vbench
+from evaluation.folder import files_of
+from evaluation.ledger import Ledger
+from harness import media
+from tests.conftest import ROOT, only_run, small_args, stopped
+from tiny import world as tiny
 
 PROMPTS = ["a red circle", "a blue square", "a façade/with a slash", "x" * 210, "ü" * 210, ".hidden", "a red circle"]
 
@@ -37,8 +40,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     common.init_distributed()
     dmd2.main(small_args(dmd2, runs_dir=folder, steps=1, gan_weight=0.0, teacher_steps=2))
-    (run,) = folder.glob("dmd2__*")
-    return run
+    return only_run(folder, dmd2)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,8 @@ def test_bootstrap_is_by_prompt():
 
 
 def test_a_difference_inside_the_noise_is_called_that():
-    assert "inside" in eval_vbench.noise_verdict(0.45, 0.2) and "beyond" in eval_vbench.noise_verdict(-0.55, 0.2)
-    assert "inside" in eval_vbench.noise_verdict(0.29, math.nan) and "beyond" in eval_vbench.noise_verdict(0.31, 0.0)
+    assert "inside" in report.noise_verdict(0.45, 0.2) and "beyond" in report.noise_verdict(-0.55, 0.2)
+    assert "inside" in report.noise_verdict(0.29, math.nan) and "beyond" in report.noise_verdict(0.31, 0.0)
 
 
 # ---------------------------------------------------------------- VBench's own list and code
@@ -177,7 +179,7 @@ def test_the_official_list(wheel):
     (bund,) = [item for item in items if item["prompt"] == "The bund Shanghai, oil painting"]
     assert bund["dimensions"] == ["aesthetic_quality", "appearance_style", "imaging_quality", "overall_consistency"]
     assert entries[bund["entry"]]["dimensions"] == ["appearance_style"]
-    counts = {name: len(eval_vbench.files_of(name, items, None)) for name in vbench.DIMENSIONS}
+    counts = {name: len(files_of(name, items, None)) for name in vbench.DIMENSIONS}
     assert sum(counts.values()) == 5 * 1362 and counts["temporal_flickering"] == 375 and counts["human_action"] == 500
 
 
@@ -199,8 +201,8 @@ def test_flickering_is_that_of_vbenchs_code(wheel, tmp_path, monkeypatch):
     clips = torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(0))
     clips[1] = tiny.batch(0, [0])[0].repeat(1, 1, 1, 1, 2)[0, ..., :48]
     for i, clip in enumerate(clips):
-        metrics.write_mp4(tmp_path / f"{i}.mp4", clip, 8)
-        ours = metrics.motion(metrics.read_mp4(tmp_path / f"{i}.mp4"))["temporal_flickering"]
+        media.write_mp4(tmp_path / f"{i}.mp4", clip, 8)
+        ours = proxies.temporal_flickering(media.read_mp4(tmp_path / f"{i}.mp4"))
         assert ours == pytest.approx(theirs.cal_score(str(tmp_path / f"{i}.mp4")), abs=1e-6) and 0.5 < ours < 0.999
 
 
@@ -336,7 +338,7 @@ def test_generate_writes_what_it_says(whole):
         assert (
             row["file"] == vbench.file_name(row["prompt"], row["sample"]) and len(videos[row["file"]]) == row["bytes"]
         )
-        assert metrics.read_mp4(whole / "videos" / row["file"]).shape == (3, 9, 32, 32)
+        assert media.read_mp4(whole / "videos" / row["file"]).shape == (3, 9, 32, 32)
         assert row["nfe"] == 4 and row["sigmas"] == [1.0, 0.9, 0.75, 0.5] and row["fps"] == 8
     assert len({videos[row["file"]] for row in rows}) == 12  # noise differs by prompt and by sample
 
@@ -345,21 +347,21 @@ def test_the_sample_is_the_students(whole, run):
     """Frames agree with a rollout that is written out here, from the seed the manifest has."""
     rows, _ = contents(whole)
     row = rows[3]
-    _, _, device = common.init_distributed()
-    spec = common.Teacher("tiny", 9, 32, 32)
-    student = spec.load_network(False, device)
+    device = common.init_distributed()
+    model = common.Model("tiny", 9, 32, 32)
+    student = model.load_network(False, device)
     (checkpoint,) = (run / "checkpoints").iterdir()
-    common.put_weights(student, checkpoint / "student" / "transformer", torch.float32)
-    text = common.encode_text(spec, [row["prompt"]], str(run.parent / "cache"), device).cond_of([0])
+    common.put_weights(student, checkpoint / "student" / "transformer")
+    text = common.encode_text(model, [row["prompt"]], str(run.parent / "cache"), device).cond_of([0])
     generator = torch.Generator().manual_seed(row["seed"])
-    draw = lambda: torch.randn(spec.latent_shape, generator=generator)[None]  # noqa: E731
+    draw = lambda: torch.randn(model.latent_shape, generator=generator)[None]
     with torch.no_grad():
         x_t = draw()
         for sigma, sigma_next in zip(row["sigmas"], [*row["sigmas"][1:], None]):
             x0 = x_t - sigma * student(x_t, torch.tensor([sigma]), text)
             x_t = (1 - sigma_next) * x0 + sigma_next * draw() if sigma_next else x0
-    video = spec.family.decode(spec.family.load_vae(spec.folder, device), x_t)[0].clamp(0, 1)
-    assert (video - metrics.read_mp4(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them
+    video = common.decode(model.load_vae(device), x_t)[0].clamp(0, 1)
+    assert (video - media.read_mp4(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them
 
 
 def test_report_says_what_was_not_run(whole):
@@ -456,10 +458,10 @@ def test_the_sheet_shows_both_sides(whole, run, tmp_path, fails):
     one, both = (Image.open(folder / "sheets" / "0000.png") for folder in (whole, tmp_path / "out"))
     assert both.height > 1.8 * one.height
     sheet, alone = np.array(both), np.array(one)
-    height, width = alone.shape[0] - 2 * metrics.CLIP_GAP, 500  # the right end of the first row of clips
-    below = sheet[-metrics.CLIP_GAP - height : -metrics.CLIP_GAP, -width:]
-    above = sheet[metrics.CLIP_GAP : metrics.CLIP_GAP + height, -width:]
-    expected = alone[metrics.CLIP_GAP : -metrics.CLIP_GAP, -width:]
+    height, width = alone.shape[0] - 2 * media.CLIP_GAP, 500  # the right end of the first row of clips
+    below = sheet[-media.CLIP_GAP - height : -media.CLIP_GAP, -width:]
+    above = sheet[media.CLIP_GAP : media.CLIP_GAP + height, -width:]
+    expected = alone[media.CLIP_GAP : -media.CLIP_GAP, -width:]
     assert (below == expected).all() and not (above == expected).all()
     (tmp_path / "other.txt").write_text("a red circle\n")
     other = args(run, tmp_path / "x", prompts=str(tmp_path / "other.txt"), compare=whole)
@@ -486,7 +488,7 @@ def test_a_partial_set(scorer, run, tmp_path, monkeypatch, fails):
     assert (scene["n"], scene["expected"]) == (5, 10) and scene["raw"] == pytest.approx(0.1)
     assert color["reason"].startswith("weights missing: ") and "w.pth" in color["reason"] and "raw" not in color
     # ours stands in for VBench's where that is not run: the same formula
-    own = [metrics.motion(metrics.read_mp4(path))["temporal_flickering"] for path in (out / "videos").iterdir()]
+    own = [proxies.temporal_flickering(media.read_mp4(path)) for path in (out / "videos").iterdir()]
     assert flickering["by"] == "eval_vbench.py" and flickering["raw"] == pytest.approx(sum(own) / 5, abs=1e-9)
     # more videos than were scored
     eval_vbench.main(args(run, out, "generate", **flags))
@@ -509,8 +511,8 @@ def test_what_does_not_belong_is_refused(whole, run, tmp_path, fails):
         fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), "stray.mp4")
     (out / "videos" / "stray.mp4").unlink()
     rows, _ = contents(out)
-    short = metrics.read_mp4(out / "videos" / rows[0]["file"])[:, :5]
-    metrics.write_mp4(out / "videos" / rows[0]["file"], short, 8)
+    short = media.read_mp4(out / "videos" / rows[0]["file"])[:, :5]
+    media.write_mp4(out / "videos" / rows[0]["file"], short, 8)
     fails(lambda: eval_vbench.main(args(run, out, "score", **flags)), "1 of 12 videos are missing", rows[0]["file"])
     rows[0]["bytes"] = (out / "videos" / rows[0]["file"]).stat().st_size
     (out / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -519,6 +521,21 @@ def test_what_does_not_belong_is_refused(whole, run, tmp_path, fails):
     (out / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in ("generate", "score", "report"):
         fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), "mixes configurations", rows[0]["file"])
+
+
+def test_a_run_with_phases_under_another_name(tmp_path, monkeypatch, fails):
+    flags = {"runs_dir": tmp_path, "steps": 2, "student_every": 1}
+    stopped(monkeypatch, 1, lambda: phased_dmd.main(small_args(phased_dmd, **flags)))
+    run = only_run(tmp_path, phased_dmd)
+    unfinished = args(run, tmp_path / "out", "generate", samples=1, limit=1)
+    fails(lambda: eval_vbench.main(unfinished), "1 of 2 phases are trained; finish the run")
+    assert not (tmp_path / "out").exists()
+    phased_dmd.main(small_args(phased_dmd, **flags, resume=str(run)))
+    run = run.rename(tmp_path / "the good one")
+    eval_vbench.main(args(run, tmp_path / "out", "generate", samples=1, limit=1))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["config"]
+    assert config["script"] == "phased_dmd.py" and config["phase_ends"] == [0.75, 0.0]
+    assert config["sigmas"] == [1.0, 0.9, 0.75, 0.5] and config["nfe"] == 4
 
 
 def test_damaged_videos_and_folders_are_one_line(whole, run, tmp_path, fails):
@@ -610,13 +627,13 @@ def square(speed, f=17, size=64, strength=0.6):
 
 
 def test_optical_flow_is_speed():
-    still, slow, fast = (metrics.optical_flow(square(speed, f=9), 8) for speed in (0, 1, 3))
+    still, slow, fast = (proxies.optical_flow(square(speed, f=9), 8) for speed in (0, 1, 3))
     assert still == 0 and 0.6 < slow / (1 * 256 / 64) < 1.5 and 0.6 < fast / (3 * 256 / 64) < 1.5
     # at 16 fps every second frame is read: half the speed a frame is the same motion
-    assert metrics.optical_flow(square(0.5), 16) == pytest.approx(slow)
+    assert proxies.optical_flow(square(0.5), 16) == pytest.approx(slow)
     big = square(3, f=3).repeat_interleave(8, -1).repeat_interleave(8, -2)  # 512 pixels: shrunk, the same picture
-    assert metrics.optical_flow(big, 8) == pytest.approx(metrics.optical_flow(square(3, f=3), 8), rel=0.5)
-    assert metrics.optical_flow(square(3, f=1), 8) == 0
+    assert proxies.optical_flow(big, 8) == pytest.approx(proxies.optical_flow(square(3, f=3), 8), rel=0.5)
+    assert proxies.optical_flow(square(3, f=1), 8) == 0
 
 
 def test_make_vbench_env_asks_for_every_dimension():
@@ -626,29 +643,27 @@ def test_make_vbench_env_asks_for_every_dimension():
 
 def test_smoothness_is_of_the_second_difference():
     ramp = torch.linspace(0, 1, 9).view(1, 9, 1, 1).expand(3, 9, 8, 8)
-    assert metrics.smoothness(ramp) == pytest.approx(1, abs=1e-6)  # it moves, evenly
+    assert proxies.smoothness(ramp) == pytest.approx(1, abs=1e-6)  # it moves, evenly
     flip = (torch.arange(9) % 2).float().view(1, 9, 1, 1).expand(3, 9, 8, 8)
-    assert metrics.smoothness(flip) == pytest.approx(0, abs=1e-6)
-    assert metrics.smoothness(torch.stack([ramp, flip])) == pytest.approx(0.5, abs=1e-6)
-    assert metrics.smoothness(flip[:, :2]) == 1
+    assert proxies.smoothness(flip) == pytest.approx(0, abs=1e-6)
+    assert proxies.smoothness(torch.stack([ramp, flip])) == pytest.approx(0.5, abs=1e-6)
+    assert proxies.smoothness(flip[:, :2]) == 1
 
 
 def test_proxies_move_the_right_way():
     clips = torch.stack([square(speed, f=9) for speed in (1, 2, 3)])
-    base = eval_vbench.measure(clips, 8)
-    frozen, collapsed = (
-        eval_vbench.measure(c, 8) for c in (clips[:, :, :1].expand_as(clips), clips[:1].expand_as(clips))
-    )
+    base = proxies.measure(clips, 8)
+    frozen, collapsed = (proxies.measure(c, 8) for c in (clips[:, :, :1].expand_as(clips), clips[:1].expand_as(clips)))
     for name in ("frame_difference", "optical_flow"):
         assert frozen[name] == 0 < base[name]
     assert frozen["smoothness"] == frozen["temporal_flickering"] == 1 > base["smoothness"]
     assert collapsed["diversity"] == 0 < base["diversity"] and collapsed["vendi"] == pytest.approx(1)
     red = clips * torch.tensor([1, 0.3, 0.3]).view(3, 1, 1, 1)
     for name in ("saturation", "colourfulness"):
-        assert base[name] == pytest.approx(0, abs=1e-5) and eval_vbench.measure(red, 8)[name] > 0.3
-    assert eval_vbench.measure(3 * clips, 8)["clipped"] > base["clipped"] == 0
-    assert eval_vbench.measure(clips / 2 + 0.2, 8)["luma_std"] == pytest.approx(base["luma_std"] / 2, rel=1e-4)
-    assert "diversity" not in eval_vbench.measure(clips[:1], 8)
+        assert base[name] == pytest.approx(0, abs=1e-5) and proxies.measure(red, 8)[name] > 0.3
+    assert proxies.measure(3 * clips, 8)["clipped"] > base["clipped"] == 0
+    assert proxies.measure(clips / 2 + 0.2, 8)["luma_std"] == pytest.approx(base["luma_std"] / 2, rel=1e-4)
+    assert "diversity" not in proxies.measure(clips[:1], 8)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip"])
@@ -665,15 +680,15 @@ def test_feature_diversity_of_a_local_model(kind, tmp_path, fails):
         model, size = transformers.CLIPModel(config), {"shortest_edge": 28}
         processor = transformers.CLIPImageProcessor(size=size, crop_size={"height": 28, "width": 28})
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
-    features = eval_vbench.feature_model(kind, tmp_path, torch.device("cpu"))
+    features = proxies.feature_model(kind, tmp_path, torch.device("cpu"))
     clips = torch.rand(3, 3, 9, 28, 28, generator=torch.Generator().manual_seed(0))
     got = features(clips)
     assert got.shape == (3, 16 if kind == "dinov2" else 8) and got.isfinite().all()
     assert torch.allclose(features(clips[1:]), got[1:], atol=1e-5)
-    assert eval_vbench.feature_diversity(got) > 1e-6
-    assert eval_vbench.feature_diversity(features(clips[:1].expand_as(clips))) == pytest.approx(0, abs=1e-6)
+    assert proxies.feature_diversity(got) > 1e-6
+    assert proxies.feature_diversity(features(clips[:1].expand_as(clips))) == pytest.approx(0, abs=1e-6)
     # by hand: angles of 0, 90 and 180 degrees have cosines 0, 0 and -1
     by_hand = torch.tensor([[2.0, 0], [0, 3], [-1, 0]])
-    assert eval_vbench.feature_diversity(by_hand) == pytest.approx(1 + 1 / 3)
+    assert proxies.feature_diversity(by_hand) == pytest.approx(1 + 1 / 3)
     other = Args("score", tmp_path, features="clip" if kind == "dinov2" else "dinov2", features_folder=str(tmp_path))
     fails(lambda: eval_vbench.main(other), f"a model of type '{kind}'")

@@ -1,4 +1,4 @@
-"""tools/evidence.py and its controls: the figures of clips that are known, and a whole small table."""
+"""experiments/: the figures of clips that are known, a small table, the controls, and which runs can be sampled."""
 
 import fcntl
 import importlib
@@ -13,13 +13,21 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+import codmd
 import common
 import dfd
+import dmd
 import dmd2
-from tests.conftest import ROOT, same, small_args
+import phased_dmd
+from experiments import evidence, evidence_runs, finetune, vanilla
+from families import PRESETS
+from harness.finished import load_run, noise_levels, students_of
+from harness.flags import check_flags, with_recipe
+from harness.run import Run
+from tests.conftest import ROOT, only_run, same, small_args, stopped, student_weights
 from tests.exact import COND, ScaleShift, draws
-from tiny import data as tiny
-from tools import evidence, evidence_runs, finetune, vanilla
+from tiny import measures
+from tiny import world as tiny
 
 
 def clips_of(seed, seeds=8):
@@ -29,7 +37,7 @@ def clips_of(seed, seeds=8):
 
 @pytest.fixture(scope="module")
 def reference():
-    return tiny.read_factors(tiny.batch(1, range(1024))[0])
+    return measures.read_factors(tiny.batch(1, range(1024))[0])
 
 
 def test_data_measures_as_data(reference):
@@ -82,12 +90,9 @@ def test_a_small_table(tmp_path, capsys):
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
     (tuned,) = tmp_path.glob("finetune__*")
     assert (tuned / "finetune.py").is_file()
-    assert not same(weights(tuned), weights(first))
-
-
-def weights(run):
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    return load_file(checkpoint / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    exported = "student/transformer/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(next(run.glob(f"checkpoints/*/{exported}"))) for run in (first, tuned))
+    assert not same(before, after)
 
 
 def test_the_same_run_twice(tmp_path, fails):
@@ -98,7 +103,7 @@ def test_the_same_run_twice(tmp_path, fails):
 
 
 def test_one_table_has_one_teacher(tmp_path, fails):
-    shutil.copytree(common.TEACHERS["tiny"], tmp_path / "teacher")
+    shutil.copytree(PRESETS["tiny"][0], tmp_path / "teacher")
     for teacher in ("tiny", str(tmp_path / "teacher")):
         flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0, "guidance_scale": 1.0}
         dmd2.main(small_args(dmd2, **flags))
@@ -123,6 +128,62 @@ def test_a_folder_that_is_no_run(tmp_path, fails):
     fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),), seeds=0)), "--seeds", "at least 1")
 
 
+def test_noise_levels_are_those_of_the_sampler():
+    for script, levels in (
+        (dmd, [[1.0]]),
+        (codmd, [[1.0, 0.9, 0.75, 0.5]]),
+        (phased_dmd, [[1.0, 0.9], [0.75, 0.5]]),
+        (vanilla, [[1.0, 0.9, 0.75, 0.5]]),
+    ):
+        assert noise_levels(script, with_recipe(script.Args, script.RECIPES)) == levels
+
+
+def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0))
+    run = only_run(tmp_path, dmd2).rename(tmp_path / "the good one")
+    script, args, checkpoint = load_run(run)
+    assert script is dmd2 and args.student_sigmas == (1.0, 0.9, 0.75, 0.5)  # a tuple again
+    assert load_run(f"{checkpoint}:raw") == (script, args, checkpoint)
+    evidence.main(evidence.Args(runs=(str(run),), seeds=1, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
+    assert "| dmd2.py, 1 steps, batch_size 2, gan_weight 0.0 | 1 |" in (tmp_path / "out" / "table.md").read_text()
+    record = json.loads((run / "args.json").read_text())
+    for changed, words in (({"script": "os"}, "no script that is here"), ({"cfg": 1}, "does not fit today's dmd2.py")):
+        (run / "args.json").write_text(json.dumps(record | changed))
+        fails(lambda: load_run(run), words)
+
+
+def test_raw_is_the_student_itself(tmp_path):
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, ema_decay=0.5))
+    script, args, checkpoint = load_run(only_run(tmp_path, dmd2))
+    model, device = common.Model("tiny", 9, 32, 32), common.init_distributed()  # main took the group down
+    teacher = model.load_network(False, device)
+    (average,), (raw,) = (students_of(model, device, script, args, checkpoint, raw) for raw in (False, True))
+    exported = student_weights(tmp_path, 1, dmd2)
+    assert same(average.transformer.state_dict(), exported)
+    for key, value in raw.state_dict().items():  # the average went half the way
+        half = (value + teacher.state_dict()[key]) / 2
+        assert torch.allclose(average.state_dict()[key], half, atol=1e-6), key
+
+
+def test_raw_has_its_lora_and_an_unfinished_run_with_phases_is_refused(tmp_path, monkeypatch, fails):
+    flags = {"runs_dir": tmp_path, "steps": 2, "lora_rank": 2, "student_every": 1}
+    stopped(monkeypatch, 1, lambda: phased_dmd.main(small_args(phased_dmd, **flags)))
+    unfinished = load_run(only_run(tmp_path, phased_dmd))
+    model, device = common.Model("tiny", 9, 32, 32), common.init_distributed()  # main took the group down
+    fails(lambda: students_of(model, device, *unfinished, raw=False), "1 of 2 phases are trained; finish the run")
+    phased_dmd.main(small_args(phased_dmd, **flags, resume="latest"))
+    common.init_distributed()
+    finished = load_run(only_run(tmp_path, phased_dmd))
+    merged, raw = (students_of(model, device, *finished, raw=raw) for raw in (False, True))
+    x_t, sigma, cond = torch.randn(1, *model.latent_shape), torch.tensor([0.5]), {"text": torch.randn(1, 3, 32)}
+    of = lambda network: network(x_t, sigma, cond)
+    with torch.no_grad():
+        assert len(merged) == len(raw) == 2 and torch.equal(of(merged[0]), of(raw[0]))
+        assert torch.allclose(of(merged[1]), of(raw[1]), atol=1e-4)
+        assert any(".lora_" in name for name, _ in raw[1].named_parameters())
+        assert not torch.allclose(of(raw[1]), of(model.load_network(False, device)), atol=1e-3)
+
+
 def test_vanilla_gives_the_gradient_of_all_steps():
     """A student whose velocity is (1 - theta) x_t predicts a(sigma) x_t, a = 1 - sigma + sigma theta. In two steps that
     is a(.6) * (.6 noise_2 + .4 a(1) noise_1); dmd2.rollout leaves out the derivative of a(1)."""
@@ -145,10 +206,9 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     vanilla.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
     assert set(taken) == {dmd2.RECIPES["tiny"]["student_sigmas"]} and len(taken) == 3  # one student step, two others
     (run,) = tmp_path.glob("vanilla__*")
-    script, args, _ = evidence.load_run(run)
+    script, args, _ = load_run(run)
     assert (run / "vanilla.py").is_file() and evidence.label(script, args, 2).startswith("vanilla.py, 2 steps")
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
-    fails(lambda: vanilla.main(small_args(dmd2, dry_run=True)), "use it there")
 
 
 def test_students_with_an_average_are_shown_without_it_too(tmp_path, monkeypatch):
@@ -183,9 +243,11 @@ def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
     assert not second.is_alive() and evidence_runs.finished(tmp_path, "dmd2", 0) == run
 
 
-def test_finetune_needs_a_student_and_has_no_dry_run(fails):
+def test_finetune_needs_a_student_and_clips(tmp_path, fails):
     fails(lambda: finetune.main(small_args(dfd)), "--init CHECKPOINT is missing", "dmd2.py")
-    fails(lambda: finetune.main(small_args(dfd, init="x", dry_run=True)), "--dry-run")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    flags = {"runs_dir": tmp_path, "init": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
+    fails(lambda: finetune.main(small_args(dfd, **flags)), "clips", "--data")
 
 
 def test_an_interrupted_finetune_says_so_and_goes_on_without_its_start(tmp_path, monkeypatch):
@@ -193,7 +255,7 @@ def test_an_interrupted_finetune_says_so_and_goes_on_without_its_start(tmp_path,
     (start,) = (tmp_path / "start").glob("dmd2__*")
     flags = {"runs_dir": tmp_path, "init": str(start), "steps": 3, "student_every": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "stop_signal", lambda run: 15)
+        patch.setattr(Run, "stop_signal", lambda run: 15)
         with pytest.raises(SystemExit) as stop:
             finetune.main(small_args(dfd, **flags))
     assert stop.value.code == 128 + 15
@@ -204,7 +266,8 @@ def test_an_interrupted_finetune_says_so_and_goes_on_without_its_start(tmp_path,
 
 def test_every_run_of_the_evidence_is_a_command_of_today():
     for script, flags, parent in evidence_runs.RUNS.values():
-        name = Path(script).stem
-        module = importlib.import_module(evidence.SCRIPTS[name])
-        args = tyro.cli(module.Args, args=flags.split(), default=common.with_recipe(module.Args, module.RECIPES))
-        common.check_ranges(vars(args) | {"init": parent and str(ROOT)})
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        args = tyro.cli(module.Args, args=flags.split(), default=with_recipe(module.Args, module.RECIPES))
+        check_flags(args)
+        assert noise_levels(module, args)[0][0] == 1
+        assert (ROOT / script).is_file() and parent in {None, *evidence_runs.RUNS}

@@ -22,9 +22,13 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
+from experiments import phased_ablations
+from families import PRESETS
+from harness.preview import Preview
+from harness.run import Run
 from tests.conftest import only_run, small_args
 
-CPU = torch.device("cpu")
+CPU, TINY = torch.device("cpu"), PRESETS["tiny"][0]
 # small, but with everything on: micro-batches, guidance, both time scales, an average, annealing, AdamW's own numbers
 FLAGS = {
     "steps": 8, "student_every": 2, "batch_size": 2, "grad_accum": 2, "guidance_scale": 2.5, "shift": 3.0,
@@ -53,11 +57,11 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.updates, self.figures, self.previews, self.resets, self.networks = [], [], {}, [], {}
-        begin, log, write, reset = common.Run.begin, common.Run.log, common.Preview.write, common.Teacher.reset
+        restore, log, write, reset = Run.restore, Run.log, Preview.write, common.Model.reset
         adamw = torch.optim.AdamW.step
 
-        def watched_begin(run, networks, optimizers):
-            begin(run, networks, optimizers)
+        def watched_restore(run, networks, optimizers):
+            restore(run, networks, optimizers)
             self.networks, self.optimizers = networks, optimizers
             for name, network in networks.items():
                 perturb(network, name)
@@ -74,21 +78,22 @@ class Watch:
             self.figures.append({name: float(value) for name, value in values.items()})
             log(run, step, values, total)
 
-        def watched_write(preview, name, latents):
+        def watched_write(preview, name, sample):
+            latents = []
+            write(preview, name, lambda rng, cond: latents.append(sample(rng, cond)) or latents[-1])
             self.previews[name] = torch.cat(latents), self.states()
-            return write(preview, name, latents)
 
-        def watched_reset(teacher, network):
-            reset(teacher, network)
+        def watched_reset(model, network):
+            reset(model, network)
             for name, other in self.networks.items():
                 if other is network:  # for the next phase, in which it must be told apart again
                     self.resets.append((name, len(self.updates), state(network)))
                     perturb(network, name + "'")
 
-        monkeypatch.setattr(common.Run, "begin", watched_begin)
-        monkeypatch.setattr(common.Run, "log", watched_log)
-        monkeypatch.setattr(common.Preview, "write", watched_write)
-        monkeypatch.setattr(common.Teacher, "reset", watched_reset)
+        monkeypatch.setattr(Run, "restore", watched_restore)
+        monkeypatch.setattr(Run, "log", watched_log)
+        monkeypatch.setattr(Preview, "write", watched_write)
+        monkeypatch.setattr(common.Model, "reset", watched_reset)
         monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
 
     def states(self):
@@ -128,7 +133,7 @@ class Network:
     """A stock transformer with given weights, and the discriminator's heads beside it."""
 
     def __init__(self, lora=None):
-        self.net = WanTransformer3DModel.from_pretrained(common.TEACHERS["tiny"], subfolder="transformer")
+        self.net = WanTransformer3DModel.from_pretrained(TINY, subfolder="transformer")
         if lora:
             layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
             self.net.add_adapter(LoraConfig(r=lora[0], lora_alpha=lora[1], target_modules=layers))
@@ -137,8 +142,8 @@ class Network:
             block.register_forward_hook(lambda block, args, out, i=i: self.features.update({i: out}))
 
     def fill(self, weights):
-        self.net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("discriminator.")})
-        self.heads = {k: v.clone().requires_grad_() for k, v in weights.items() if k.startswith("discriminator.")}
+        self.net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("heads.")})
+        self.heads = {k: v.clone().requires_grad_() for k, v in weights.items() if k.startswith("heads.")}
         self.net.zero_grad()
         return self
 
@@ -152,7 +157,7 @@ class Network:
         self.velocity(x_t, sigma, text)
         out = []
         for j, block in enumerate(blocks):
-            w = {k.removeprefix(f"discriminator.blocks.{j}."): v for k, v in self.heads.items()}
+            w = {k.removeprefix(f"heads.blocks.{j}."): v for k, v in self.heads.items()}
             h = F.layer_norm(self.features[block], self.features[block].shape[-1:], w["0.weight"], w["0.bias"])
             out.append(F.linear(F.silu(F.linear(h, w["1.weight"], w["1.bias"])), w["3.weight"], w["3.bias"]))
         return torch.cat(out, dim=-1)
@@ -167,10 +172,10 @@ class Reference:
 
     def __init__(self, args, cache):
         self.args = args
-        self.spec = common.Teacher("tiny", 9, 32, 32)
-        self.shape = self.spec.latent_shape
-        self.data = common.load_data(self.spec, None, None, cache, CPU, args.seed)
-        self.null = common.encode_text(self.spec, [""], cache, CPU).cond_of([0])["text"]
+        self.model = common.Model("tiny", 9, 32, 32)
+        self.shape = self.model.latent_shape
+        self.data = common.load_data(self.model, None, None, cache, CPU, args.seed)
+        self.null = common.encode_text(self.model, [""], cache, CPU).cond_of([0])["text"]
         lora = (args.lora_rank, args.lora_alpha) if getattr(args, "lora_rank", 0) else None
         self.trained = (lambda key: ".lora_" in key) if lora else (lambda key: True)
         self.teacher, self.fake_score = Network(), Network()
@@ -278,7 +283,7 @@ class Reference:
         return 1 - step / self.args.steps
 
     def preview(self, name, states):
-        """Latents of a preview of these weights: "teacher", or "step_…" of the average."""
+        """Latents of a preview of these weights: "teacher", or a step's number for the average."""
         args, total = self.args, self.args.preview_prompts * self.args.preview_seeds
         out = []
         for first in range(0, total, args.batch_size):
@@ -301,7 +306,7 @@ class Reference:
 class DMD(Reference):
     def __init__(self, args, cache):
         super().__init__(args, cache)
-        self.pairs = common.Shards(args.pairs, self.spec, CPU, ("latents", "noise"), args.seed)
+        self.pairs = common.Shards(args.pairs, self.model, CPU, args.seed, ("latents", "noise"))
 
     def levels(self, step):
         return (1.0,)
@@ -347,6 +352,11 @@ class CoDMD(Reference):
         return args.relation_weight * loss
 
 
+def ablated(args, name):
+    """Whether a flag of experiments/phased_ablations.py is set."""
+    return getattr(args, name, False)
+
+
 class PhasedDMD(Reference):
     def __init__(self, args, cache):
         super().__init__(args, cache)
@@ -367,7 +377,7 @@ class PhasedDMD(Reference):
 
     def score_times(self, step, rng):
         start, end = self.ends(step)
-        return score_time(rng.uniform(), self.args.shift, end, start if self.args.disjoint_times else 1.0)
+        return score_time(rng.uniform(), self.args.shift, end, start if ablated(self.args, "disjoint_times") else 1.0)
 
     def levels(self, step):
         start, end = self.ends(step)
@@ -412,11 +422,11 @@ class PhasedDMD(Reference):
             with torch.no_grad():
                 x0_fake, x0_real = self.fake_score.x0(x_t, sigma, text), self.guided(x_t, sigma, text)
                 v_fake, v_real = (x_t - x0_fake) / t, (x_t - x0_real) / t
-                if args.velocity_gradient:
+                if ablated(args, "velocity_gradient"):
                     on, grad = x_s, (1 - t) ** 2 / ((1 - s) * t) * (v_real - v_fake)
                 else:
                     on, grad = x0, (x0_fake - x0_real) / column((x0 - x0_real).abs().flatten(1).mean(1))
-            on = x_s if args.velocity_gradient else x0
+            on = x_s if ablated(args, "velocity_gradient") else x0
             loss = (grad * on).mean()
             figures["loss/student"] += 0.5 * grad.square().mean().item() / args.grad_accum
             if args.gan_weight:
@@ -433,7 +443,7 @@ class PhasedDMD(Reference):
             sigma, noise = self.score_times(step, rng), rng.normal(self.shape)
             x_t, b = self.renoised(x_s, noise, sigma, s)
             v, t = self.fake_score.velocity(x_t, sigma, text), column(sigma)
-            if s and not args.naive_target:
+            if s and not ablated(args, "naive_target"):
                 loss = ((10 * b**2).clamp(max=1) * (v - (t * noise / b - x_t) / (1 - t)).square()).mean()
             else:
                 loss = (v - (noise - x_s)).square().mean()
@@ -514,8 +524,8 @@ def check(watch, reference, tmp_path, script):
         assert watch.figures[step] == pytest.approx(figures, rel=1e-4, abs=1e-6), f"step {step}"
     assert count == len(watch.updates)
 
-    names = [f"step_{step:07d}" for step in range(0, args.steps + 1, args.preview_every)]
-    assert sorted(watch.previews) == [*names, "teacher"]
+    names = list(range(0, args.steps + 1, args.preview_every))
+    assert list(watch.previews) == ["teacher", *names]
     for name, (latents, states) in watch.previews.items():
         with torch.no_grad():
             torch.testing.assert_close(latents, reference.preview(name, states), rtol=1e-3, atol=1e-4)
@@ -532,6 +542,8 @@ def check(watch, reference, tmp_path, script):
 
 def compare(tmp_path, monkeypatch, script, reference, **flags):
     args = small_args(script, runs_dir=str(tmp_path), **{**FLAGS, **flags})
+    for name in ("rollout", "sample_sigma", "flow_loss", "dmd_gradient", "student_loss", "__file__"):
+        monkeypatch.setattr(phased_dmd, name, getattr(phased_dmd, name))  # so that the ablations' changes are undone
     watch = Watch(monkeypatch)
     script.main(args)
     monkeypatch.undo()
@@ -546,9 +558,9 @@ def compare(tmp_path, monkeypatch, script, reference, **flags):
 
 def test_dmd(tmp_path, monkeypatch):
     """The pairs' prompts, noise and videos are none of the data's, so that none can stand in for another."""
-    spec, g = common.Teacher("tiny", 9, 32, 32), torch.Generator().manual_seed(0)
-    texts = [torch.randn(n, spec.text_dim, generator=g) for n in (3, 4, 5, 6, 7)]
-    noise, video = torch.randn(2, 5, *spec.latent_shape, generator=g)
+    model, g = common.Model("tiny", 9, 32, 32), torch.Generator().manual_seed(0)
+    texts = [torch.randn(n, model.text_dim, generator=g) for n in (3, 4, 5, 6, 7)]
+    noise, video = torch.randn(2, 5, *model.latent_shape, generator=g)
     (tmp_path / "pairs").mkdir()
     common.write_shard(tmp_path / "pairs" / "0.safetensors", ["x"] * 5, texts, noise=noise, latents=video)
     flags = {"pairs": str(tmp_path / "pairs"), "regression_weight": 0.4}
@@ -567,7 +579,7 @@ def test_dmd2(tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("student_input", ["simulate", "data"])
 def test_dfd(tmp_path, monkeypatch, student_input):
-    flags = {**FEW_STEPS, "from_scratch": True, "data_prob": 0.5, "gan_weight": 0.0, "student_input": student_input}
+    flags = {**FEW_STEPS, "data_prob": 0.5, "gan_weight": 0.0, "student_input": student_input}
     _, reference = compare(tmp_path, monkeypatch, dfd, DFD, **flags)
     assert reference.exits == {1, 2, 3} and reference.coins == {True, False}
 
@@ -594,10 +606,12 @@ def test_codmd(tmp_path, monkeypatch, flags):
 def test_phased_dmd(tmp_path, monkeypatch, flags):
     levels = {"student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0), "steps": 12, "seed": 2}
     flags = {"gan_weight": 0.0, "discriminator_weight": 0.3, "lora_rank": 0, **levels, **flags}
-    watch, reference = compare(tmp_path, monkeypatch, phased_dmd, PhasedDMD, **flags)
+    ablations = {"velocity_gradient", "naive_target", "disjoint_times"}
+    script = phased_ablations if ablations & flags.keys() else phased_dmd
+    watch, reference = compare(tmp_path, monkeypatch, script, PhasedDMD, **flags)
     assert reference.exits == {(0, 1), (0, 2), (1, 1), (1, 2)}
     # the second phase began at the teacher, before its first update: student, fake score and average
-    teacher = load_file(f"{common.TEACHERS['tiny']}/transformer/diffusion_pytorch_model.safetensors")
+    teacher = load_file(f"{TINY}/transformer/diffusion_pytorch_model.safetensors")
     first = 6 + 3  # updates of the first phase
     names = {"student", "fake_score"} | ({"ema"} if reference.args.ema_decay else set())
     assert {(name, count) for name, count, _ in watch.resets} == {(name, first) for name in names}

@@ -5,9 +5,10 @@ import torch
 
 import common
 import dmd2
+from harness.media import write_mp4
 from tests.conftest import only_run, small_args
-from tiny import data as tiny
-from tools import make_shards, metrics
+from tiny import world as tiny
+from tools import make_shards
 
 
 @pytest.fixture
@@ -16,15 +17,14 @@ def clips(tmp_path):
     folder.mkdir()
     videos, captions = tiny.batch(0, range(3))
     for i, (video, caption) in enumerate(zip(videos, captions, strict=True)):
-        metrics.write_mp4(folder / f"{i}.mp4", video, tiny.FPS)
+        write_mp4(folder / f"{i}.mp4", video, tiny.FPS)
         (folder / f"{i}.txt").write_text(f"{caption}\n")
     return folder, videos, captions
 
 
 def args(clips, out, **flags):
-    return make_shards.Args(
-        clips, out, **{"teacher": "tiny", "frames": 9, "height": 32, "width": 32, "shard": 2, **flags}
-    )
+    """--frames, --height and --width are the tiny recipe's."""
+    return make_shards.Args(clips, out, **{"teacher": "tiny", "shard": 2, **flags})
 
 
 def test_shards_hold_the_clips_and_train(clips, tmp_path, capsys):
@@ -33,14 +33,13 @@ def test_shards_hold_the_clips_and_train(clips, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors")) == [
         "00000000.safetensors", "00000002.safetensors",
     ]  # fmt: skip
-    _, _, device = common.init_distributed()
-    spec = common.Teacher("tiny", 9, 32, 32)
-    shards = common.Shards(tmp_path / "shards", spec, device, keys=("latents",))
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    shards = common.Shards(tmp_path / "shards", model, device, keys=("latents",))
     assert shards.prompts == captions
-    latents = spec.family.encode(spec.family.load_vae(spec.folder, device), videos)
+    latents = common.encode(model.load_vae(device), videos)
     error = (shards.latents_of(range(3)) - latents).square().mean().sqrt()
     assert error < 0.2 * latents.square().mean().sqrt()  # what H.264 does to a clip
-    text = common.encode_text(spec, captions, tmp_path / "cache", device)
+    text = common.encode_text(model, captions, tmp_path / "cache", device)
     torch.testing.assert_close(shards.cond_of(range(3)), text.cond_of(range(3)))
     before = (tmp_path / "shards" / "00000000.safetensors").stat().st_mtime_ns
     make_shards.main(args(folder, tmp_path / "shards"))
@@ -54,7 +53,7 @@ def test_frame_rate_scale_and_crop(tmp_path):
     video = torch.zeros(3, 24, 48, 64)
     video[0] = torch.linspace(0.1, 0.9, 24)[:, None, None]
     video[1, :, :, 8:56] = 0.5  # what is left of the width once 48 x 48 are cropped
-    metrics.write_mp4(tmp_path / "a.mp4", video, 16)
+    write_mp4(tmp_path / "a.mp4", video, 16)
     clip = make_shards.read_clip(tmp_path / "a.mp4", 9, 32, 32, 8)
     assert clip.shape == (3, 9, 32, 32)
     torch.testing.assert_close(clip[0].mean((1, 2)), video[0, :18:2, 0, 0], atol=0.02, rtol=0)
@@ -65,6 +64,9 @@ def test_bad_input(clips, tmp_path, fails):
     folder, _, _ = clips
     out = tmp_path / "shards"
     fails(lambda: make_shards.main(args(tmp_path / "nowhere", out)), "no such folder")
+    fails(lambda: make_shards.main(args(folder, out, shard=0)), "--shard must be at least 1")
+    fails(lambda: make_shards.main(args(folder, out, frames=0)), "--frames must be at least 1")
+    fails(lambda: make_shards.main(args(folder, out, height=480)), "tiny world", "--height")
     fails(lambda: make_shards.read_clip(folder / "0.mp4", 17, 32, 32, 8), "0.mp4", "9 of 17 frames")
     (tmp_path / "empty").mkdir()
     fails(lambda: make_shards.main(args(tmp_path / "empty", out)), "no videos")

@@ -1,4 +1,4 @@
-"""Exact cases for tools/metrics.py."""
+"""Exact cases for harness/metrics.py and the writers in harness/media.py."""
 
 import colorsys
 import math
@@ -9,18 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny import data as tiny
-from tools.metrics import (
-    CLIP_GAP,
-    FRAME_GAP,
-    contact_sheet,
-    motion,
-    pairwise_rms,
-    preview_metrics,
-    saturation,
-    vendi_score,
-    write_mp4,
-)
+from evaluation.proxies import colour_spread, temporal_flickering
+from harness.media import CLIP_GAP, FRAME_GAP, contact_sheet, write_mp4
+from harness.metrics import frame_difference, pairwise_rms, preview_metrics, saturation, vendi_score
+from tiny import world as tiny
 
 
 def plain(*rgb, f=3, size=16):
@@ -92,8 +84,9 @@ def test_saturation_of_plain_colours():
     red = saturation(plain(1.0, 0.0, 0.0))
     assert red["saturation"] == red["saturated"] == red["clipped"] == 1
     # Hasler & Süsstrunk by hand: rg = 255, yb = 127.5, no spread
-    assert red["colourfulness"] == pytest.approx(0.3 * math.hypot(255, 127.5), rel=1e-6)
+    assert colour_spread(plain(1.0, 0.0, 0.0))["colourfulness"] == pytest.approx(0.3 * math.hypot(255, 127.5), rel=1e-6)
     grey = saturation(plain(0.4, 0.4, 0.4))
+    grey |= colour_spread(plain(0.4, 0.4, 0.4))
     assert grey == pytest.approx(dict.fromkeys(grey, 0), abs=1e-6)
     black = saturation(plain(0.0, 0.0, 0.0))
     assert black["saturation"] == 0 and black["clipped"] == 1
@@ -113,8 +106,8 @@ def test_colourfulness_and_luma_against_numpy():
         rg, yb = 255 * (r - g), 255 * (0.5 * (r + g) - b)
         colourfulness.append(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
         luma_std.append((0.2126 * r + 0.7152 * g + 0.0722 * b).std())
-    assert saturation(clip)["colourfulness"] == pytest.approx(np.mean(colourfulness), rel=1e-5)
-    assert saturation(clip)["luma_std"] == pytest.approx(np.mean(luma_std), rel=1e-5)
+    assert colour_spread(clip)["colourfulness"] == pytest.approx(np.mean(colourfulness), rel=1e-5)
+    assert colour_spread(clip)["luma_std"] == pytest.approx(np.mean(luma_std), rel=1e-5)
 
 
 @pytest.mark.parametrize("code, clipped", [(-9, 1), (0, 1), (0.4, 1), (1, 0), (128, 0), (254, 0), (254.6, 1), (280, 1)])
@@ -135,13 +128,15 @@ def test_clipped_is_the_same_for_a_float_video_and_its_8_bit_copy():
 
 
 def test_a_moving_square_moves_more_than_a_still_one():
-    still, slow, fast = (motion(moving_square(speed)) for speed in (0, 1, 4))
-    assert still == {"frame_difference": 0, "temporal_flickering": 1}
+    clips = [moving_square(speed) for speed in (0, 1, 4)]
+    still, slow, fast = (frame_difference(clip) for clip in clips)
     # at speed v, 2 v columns of 8 pixels change by .6 in one of three channels
-    assert slow["frame_difference"] == pytest.approx(2 * 8 * 0.6 / (3 * 32 * 32), rel=1e-5)
-    assert fast["frame_difference"] == pytest.approx(4 * slow["frame_difference"], rel=1e-5)
-    assert fast["temporal_flickering"] < slow["temporal_flickering"] < 1
-    assert motion(noise(2, 3, 1, 8, 8)) == {"frame_difference": 0, "temporal_flickering": 1}
+    assert still == 0 and slow == pytest.approx(2 * 8 * 0.6 / (3 * 32 * 32), rel=1e-5)
+    assert fast == pytest.approx(4 * slow, rel=1e-5)
+    still, slow, fast = (temporal_flickering(clip) for clip in clips)
+    assert fast < slow < still == 1
+    image = noise(2, 3, 1, 8, 8)
+    assert frame_difference(image) == 0 and temporal_flickering(image) == 1
 
 
 def test_temporal_flickering_is_vbenchs():
@@ -151,9 +146,9 @@ def test_temporal_flickering_is_vbenchs():
         frames = np.rint(clip * 255).astype(np.uint8).astype(np.float64).swapaxes(0, 1)
         mae = [np.abs(a - b).mean() for a, b in zip(frames, frames[1:], strict=False)]
         scores.append((255 - np.mean(mae)) / 255)
-    assert motion(clips)["temporal_flickering"] == pytest.approx(np.mean(scores), abs=1e-9)
+    assert temporal_flickering(clips) == pytest.approx(np.mean(scores), abs=1e-9)
     below_half_a_code = torch.cat([plain(0.5, 0.5, 0.5, f=1), plain(0.5005, 0.5005, 0.5005, f=1)], dim=1)
-    assert motion(below_half_a_code)["temporal_flickering"] == 1
+    assert temporal_flickering(below_half_a_code) == 1
 
 
 def test_preview_metrics_are_means_over_prompts():
@@ -165,7 +160,7 @@ def test_preview_metrics_are_means_over_prompts():
     assert got["vendi"] == pytest.approx((1 + vendi_score(varied)) / 2, abs=1e-6)
     assert got["saturation"] == pytest.approx((saturation(still)["saturation"] + saturation(varied)["saturation"]) / 2)
     assert got["clipped"] == got["saturated"] == 1 / 4
-    assert got["motion"] == pytest.approx(motion(moving_square(2))["frame_difference"] / 4)
+    assert got["motion"] == pytest.approx(frame_difference(moving_square(2)) / 4)
     assert all(type(value) is float for value in got.values())
 
 

@@ -1,6 +1,7 @@
 """phased_dmd.py: the velocity target from an anchor, phases and their experts, LoRA, the export that diffusers runs."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 import common
 import dmd2
 import phased_dmd
+from experiments.phased_ablations import velocity_gradient
+from families import PRESETS
+from families.wan import Wan
+from harness.finished import load_run, students_of
 from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
-from tools import evidence
 
-SHAPE = (1, 1, 1, 1)
+SHAPE, TINY = (1, 1, 1, 1), PRESETS["tiny"][0]
 
 
 def column(x):
@@ -140,7 +144,7 @@ def trained_phase(naive):
         if step % 5 == 0:
             with torch.no_grad():
                 x0_fake, x0_real = (phased_dmd.predict_x0(m, x_t, sigma, COND) for m in (fake, Gaussian(mean, std)))
-                grad = phased_dmd.velocity_gradient(x0_real, x0_fake, sigma, s)
+                grad = velocity_gradient(x0_real, x0_fake, sigma, s)
             optimizers[0].zero_grad()
             phased_dmd.student_loss(x_s, grad).backward()
             optimizers[0].step()
@@ -164,13 +168,13 @@ def test_a_phase_in_one_dimension():
 def test_eq_10_in_numbers():
     """s = .5, t = .8: (.2)^2 / (.5 * .8) = .1, times v_real - v_fake = (3 - 1) / .8."""
     x0_real, x0_fake = column(torch.tensor([1.0, 0.0])), column(torch.tensor([3.0, -1.0]))
-    got = phased_dmd.velocity_gradient(x0_real, x0_fake, torch.tensor([0.8, 0.8]), 0.5).flatten()
+    got = velocity_gradient(x0_real, x0_fake, torch.tensor([0.8, 0.8]), 0.5).flatten()
     torch.testing.assert_close(got, torch.tensor([0.25, -0.125]))
 
 
 def test_eq_10_is_a_positive_factor_of_dmds_gradient():
     x0, x0_real, x0_fake = torch.randn(3, 5, 2, 1, 2, 2)
-    ratio = phased_dmd.velocity_gradient(x0_real, x0_fake, torch.linspace(0.6, 0.9, 5), 0.5) / phased_dmd.dmd_gradient(
+    ratio = velocity_gradient(x0_real, x0_fake, torch.linspace(0.6, 0.9, 5), 0.5) / phased_dmd.dmd_gradient(
         x0, x0_real, x0_fake
     )
     torch.testing.assert_close(ratio, ratio[:, :1, :1, :1, :1].expand_as(ratio))
@@ -209,7 +213,7 @@ def test_one_phase_of_one_step_is_dmd2s_update(tmp_path):
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags))
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, phase_ends=(0.0,), **flags))
     a, b = student_weights(tmp_path, 4, dmd2), student_weights(tmp_path, 4, phased_dmd)
-    start = load_file(common.Path(common.TEACHERS["tiny"]) / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = load_file(Path(TINY) / "transformer" / "diffusion_pytorch_model.safetensors")
     assert distance(a, b) < 1e-3 * distance(a, start)
 
 
@@ -226,7 +230,9 @@ def test_a_run_with_phases_is_no_student(tmp_path, fails):
     student = run / "checkpoints" / "step_0000002" / "student"
     again = {"runs_dir": tmp_path / "again", "steps": 1, "lr": 0.0, "gan_weight": 0.0, "ema_decay": 0.0}
     for folder in (run, student):
-        fails(lambda f=folder: dmd2.main(small_args(dmd2, init=str(f), **again)), "an expert a phase", "transformer_2")
+        fails(
+            lambda f=folder: dmd2.main(small_args(dmd2, init=str(f), **again)), "one expert per phase", "transformer_2"
+        )
     dmd2.main(small_args(dmd2, init=str(student / "transformer_2"), **again))
     assert same(student_weights(tmp_path / "again", 1, dmd2), experts(tmp_path, 2)[1])
 
@@ -245,17 +251,21 @@ def test_raw_samples_the_lora_itself(tmp_path):
     """Not the export, which is the average with the LoRA merged."""
     flags = {"steps": 2, "student_every": 1, "lr": 1e-2, "phase_ends": (0.0,), "ema_decay": 0.99, "lora_rank": 2}
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, **flags))
-    script, args, checkpoint = evidence.load_run(only_run(tmp_path, phased_dmd))
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
-    cond = common.encode_text(spec, ["a red circle"], tmp_path, device).cond_of([0])
+    script, args, checkpoint = load_run(only_run(tmp_path, phased_dmd))
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    cond = common.encode_text(model, ["a red circle"], tmp_path, device).cond_of([0])
     state = {k: v for path in (checkpoint / "state").glob("*.safetensors") for k, v in load_file(path).items()}
     with torch.no_grad():
-        raw = evidence.sampler(spec, device, script, args, checkpoint, True)(draws("raw", 1), cond)
-        lora = spec.load_network(False, device, lora_rank=2, lora_alpha=args.lora_alpha)
+        raw, averaged = (
+            script.sample_student(students, draws("raw", 1), cond, model.latent_shape, args)
+            for students in (students_of(model, device, script, args, checkpoint, raw) for raw in (True, False))
+        )
+        lora = model.load_network(False, device, lora_rank=2, lora_alpha=args.lora_alpha)
         own = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
         lora.load_state_dict(own)
-        wanted, _ = phased_dmd.rollout({0.0: lora}, draws("raw", 1), cond, spec.latent_shape, (*args.student_sigmas, 0))
-        averaged = evidence.sampler(spec, device, script, args, checkpoint, False)(draws("raw", 1), cond)
+        wanted, _ = phased_dmd.rollout(
+            {0.0: lora}, draws("raw", 1), cond, model.latent_shape, (*args.student_sigmas, 0)
+        )
     torch.testing.assert_close(raw, wanted)
     assert (averaged - wanted).abs().max() > 0.01
 
@@ -292,28 +302,28 @@ def test_diffusers_runs_the_two_experts(tmp_path):
     student = only_run(tmp_path, phased_dmd) / "checkpoints" / "step_0000004" / "student"
     first, second = (WanTransformer3DModel.from_pretrained(student / name) for name in ("transformer", "transformer_2"))
     pipe = WanPipeline.from_pretrained(
-        common.TEACHERS["tiny"], transformer=first, transformer_2=second, boundary_ratio=0.8,
+        TINY, transformer=first, transformer_2=second, boundary_ratio=0.8,
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=args.shift, solver_order=1
         ),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    _, _, device = common.init_distributed()
-    spec = common.Teacher("tiny", 9, 32, 32)
+    device = common.init_distributed()
+    model = common.Model("tiny", 9, 32, 32)
     rng = draws("pipeline", 2)
-    noise = rng.normal(spec.latent_shape)
-    cond = common.encode_text(spec, ["a red circle", "a blue square"], tmp_path, device).cond_of([0, 1])
+    noise = rng.normal(model.latent_shape)
+    cond = common.encode_text(model, ["a red circle", "a blue square"], tmp_path, device).cond_of([0, 1])
     got = pipe(
         ["a red circle", "a blue square"], height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
         max_sequence_length=16, latents=noise.clone(), output_type="latent",
     ).frames  # fmt: skip
-    students = dict(zip(args.phase_ends, (common.Wan(first), common.Wan(second)), strict=True))
+    students = dict(zip(args.phase_ends, (Wan(first), Wan(second)), strict=True))
     levels = pipe.scheduler.sigmas.tolist()
     assert levels == pytest.approx([*args.student_sigmas, 0.0], abs=2e-3)
     with torch.no_grad():
-        wanted, _ = phased_dmd.rollout(students, draws("pipeline", 2), cond, spec.latent_shape, levels)
+        wanted, _ = phased_dmd.rollout(students, draws("pipeline", 2), cond, model.latent_shape, levels)
         other = dict.fromkeys(args.phase_ends, students[args.phase_ends[0]])
-        one, _ = phased_dmd.rollout(other, draws("pipeline", 2), cond, spec.latent_shape, levels)
+        one, _ = phased_dmd.rollout(other, draws("pipeline", 2), cond, model.latent_shape, levels)
     error = (got - wanted).norm() / (one - wanted).norm()
     assert error < 0.05
 
@@ -324,12 +334,10 @@ def test_lora_trains_a_few_matrices_and_is_merged_for_export(tmp_path):
     checkpoint = only_run(tmp_path, phased_dmd) / "checkpoints" / "step_0000002"
     state = {k: v for path in (checkpoint / "state").glob("*.safetensors") for k, v in load_file(path).items()}
     (student,) = experts(tmp_path, 2)
-    teacher = load_file(common.Path(common.TEACHERS["tiny"]) / "transformer" / "diffusion_pytorch_model.safetensors")
+    teacher = load_file(Path(TINY) / "transformer" / "diffusion_pytorch_model.safetensors")
     changed = {key for key in teacher if not torch.equal(teacher[key], student[key])}
     assert student.keys() == teacher.keys()
-    assert changed == {
-        k for k in teacher if k.endswith("weight") and any(f".{n}." in k for n in common.Wan.lora_layers)
-    }
+    assert changed == {k for k in teacher if k.endswith("weight") and any(f".{n}." in k for n in Wan.lora_layers)}
     key = "blocks.1.attn1.to_q"
     down, up = (state[f"student.transformer.{key}.lora_{half}.default.weight"] for half in "AB")
     assert down.shape == (2, 96) and up.shape == (96, 2)
@@ -345,7 +353,7 @@ def test_two_ranks_match_one(tmp_path, lora_rank):
     phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path / "one", **flags))
     _, err = two.communicate(timeout=300)
     assert two.returncode == 0, err[-3000:]
-    start = load_file(common.Path(common.TEACHERS["tiny"]) / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = load_file(Path(TINY) / "transformer" / "diffusion_pytorch_model.safetensors")
     for one, other in zip(experts(tmp_path / "one", 4), experts(tmp_path / "two", 4), strict=True):
         assert distance(one, other) < 0.01 * distance(one, start)
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common
 import dmd
 import dmd2
+from harness.checkpoints import check_checkpoint
+from harness.files import read_prompts
+from harness.flags import parse_args, with_recipe
+from harness.run import Run, unused_folder
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 
 TEACHER = ROOT / "tiny" / "teacher"
@@ -67,43 +73,43 @@ def test_stock_diffusers_loads_the_student(tmp_path):
 
 
 def test_before_the_first_step_all_networks_are_the_teacher():
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
     for trained in (True, False):
-        network = spec.load_network(trained, device)
+        network = model.load_network(trained, device)
         assert same(dict(network.transformer.state_dict()), teacher_weights())
         assert all(p.requires_grad == trained for p in network.parameters())
 
 
 def test_the_family_calls_the_transformer_as_the_pipeline_does():
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
-    network, text = spec.load_network(False, device), torch.randn(2, spec.text_length, spec.text_dim)
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    network, text = model.load_network(False, device), torch.randn(2, model.text_length, model.text_dim)
     stock = WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer")
-    x_t, sigma = torch.randn(2, *spec.latent_shape), torch.tensor([0.3, 0.937])
+    x_t, sigma = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.937])
     expected = stock(x_t, 1000 * sigma, text, return_dict=False)[0]
     torch.testing.assert_close(network(x_t, sigma, {"text": text}), expected)
 
 
 def test_the_timestep_is_not_rounded_to_bf16():
     """937 would become 936."""
-    (_, _, device), spec, seen = common.init_distributed(), common.Teacher("tiny", 9, 32, 32), []
-    network = spec.load_network(False, device, dtype=torch.bfloat16)
+    device, model, seen = common.init_distributed(), common.Model("tiny", 9, 32, 32), []
+    network = model.load_network(False, device, dtype=torch.bfloat16)
     network.transformer.condition_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    network(torch.randn(1, *spec.latent_shape), torch.tensor([0.937]), {"text": torch.randn(1, 16, spec.text_dim)})
+    network(torch.randn(1, *model.latent_shape), torch.tensor([0.937]), {"text": torch.randn(1, 16, model.text_dim)})
     assert seen[0].dtype == torch.float32 and seen[0].tolist() == [937.0]
 
 
 def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
     """Ours: encode_text and Wan.decode. Theirs: WanPipeline.encode_prompt, and its decoding of given latents."""
-    (_, _, device), spec = common.init_distributed(), common.Teacher("tiny", 9, 32, 32)
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
     pipe = WanPipeline.from_pretrained(TEACHER)
     prompts = ["a red circle", "a  blue\tsquare", ""]
-    expected = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=spec.text_length)[0]
-    ours = common.encode_text(spec, prompts, tmp_path, device).cond_of([0, 1, 2])["text"]
+    expected = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=model.text_length)[0]
+    ours = common.encode_text(model, prompts, tmp_path, device).cond_of([0, 1, 2])["text"]
     torch.testing.assert_close(ours, expected)
 
-    vae, video = spec.family.load_vae(spec.folder, device), torch.rand(1, 3, 9, 32, 32)
-    latents = spec.family.encode(vae, video)
-    assert latents.shape == (1, *spec.latent_shape)
+    vae, video = model.load_vae(device), torch.rand(1, 3, 9, 32, 32)
+    latents = common.encode(vae, video)
+    assert latents.shape == (1, *model.latent_shape)
     pipe.set_progress_bar_config(disable=True)
     kept = []
 
@@ -113,7 +119,7 @@ def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
 
     theirs = pipe("a red circle", height=32, width=32, num_frames=9, num_inference_steps=1, guidance_scale=1.0,
                   callback_on_step_end=keep, output_type="pt").frames  # fmt: skip
-    ours = spec.family.decode(vae, latents).clamp(0, 1)
+    ours = common.decode(vae, latents).clamp(0, 1)
     torch.testing.assert_close(ours.transpose(1, 2), theirs, atol=1e-4, rtol=0)
     assert kept[0].shape == latents.shape
 
@@ -138,9 +144,9 @@ def test_sigkill_at_a_random_moment_then_resume_is_exact(tmp_path):
 
 
 def test_ctrl_c_before_training_is_no_traceback_and_leaves_no_run(tmp_path):
-    running = popen(runs_dir=tmp_path, num_pairs=10_000)
+    running = popen(runs_dir=tmp_path, num_samples=10_000)
     said = ""
-    while "teacher pairs" not in said and running.poll() is None:
+    while "teacher samples" not in said and running.poll() is None:
         said += running.stderr.read(1)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
@@ -175,11 +181,11 @@ def test_ctrl_c_saves_though_torchrun_repeats_it(tmp_path):
     _, err = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGINT and "Traceback" not in err
     (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
-    common.check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
-    run = common.Run(dmd.__file__, vars(small_args(runs_dir=tmp_path)), tmp_path)
+    run = Run(dmd.__file__, small_args(runs_dir=tmp_path))
     clock = iter((0.0, 1.0, 10.0))  # of the first signal, and of each Ctrl-C after it
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
@@ -227,9 +233,17 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
     assert same(student_weights(tmp_path / "False", 2), student_weights(tmp_path / "True", 2))
 
 
-def test_accumulated_noise_is_not_repeated():
-    numbers = [common.sample_numbers(step, micro, 4, 2) for step in range(3) for micro in range(2)]
-    assert sorted(number for part in numbers for number in part) == list(range(24))
+def test_accumulated_noise_is_not_repeated(tmp_path):
+    data = common.TinyWorld(common.Model("tiny", 9, 32, 32), tmp_path, torch.device("cpu"), 0)
+    batches = [rng.numbers for step in range(3) for rng, _, _ in data.micro_batches("student", step, 4, 2)]
+    assert [number for numbers in batches for number in numbers] == list(range(24))
+
+
+def test_clips_are_read_only_when_asked_for(tmp_path):
+    data = common.TinyWorld(common.Model("tiny", 9, 32, 32), tmp_path, torch.device("cpu"), 0)
+    (_, _, first), (_, _, second) = data.micro_batches("student", 0, 2, 2)
+    assert data.vae is None
+    assert torch.equal(first(), data.latents(range(2))) and torch.equal(second(), data.latents(range(2, 4)))
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -243,7 +257,7 @@ def test_accumulated_noise_is_not_repeated():
         ({"steps": 0}, ["--steps", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size", "at least 1"]),
         ({"lr": -1.0}, ["--lr"]),
-        ({"ema_decay": 1.5}, ["--ema-decay", "between 0 and 1"]),
+        ({"ema_decay": 1.5}, ["--ema-decay", "at least 0 and at most 1"]),
         ({"guidance_scale": float("nan")}, ["--guidance-scale", "nan"]),
         ({"lr": float("inf")}, ["--lr", "inf"]),
         ({"frames": 10}, ["--frames"]),
@@ -274,7 +288,7 @@ def test_bad_prompt_files(tmp_path, fails, text, words):
 def test_prompt_files_of_other_editors(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red\u2028circle\r\na blue square\r\n".encode())
-    assert common.read_prompts(path) == ["a red\u2028circle", "a blue square"]
+    assert read_prompts(path) == ["a red\u2028circle", "a blue square"]
 
 
 def make_shard(path, teacher, n=3, **changes):
@@ -285,33 +299,34 @@ def make_shard(path, teacher, n=3, **changes):
 
 @pytest.mark.parametrize("flag", ["data", "pairs"])
 def test_shards_train_and_bad_ones_are_named(tmp_path, fails, flag):
-    spec, good = common.Teacher("tiny", 9, 32, 32), tmp_path / "shards" / "0.safetensors"
+    model, good = common.Model("tiny", 9, 32, 32), tmp_path / "shards" / "0.safetensors"
     good.parent.mkdir()
-    make_shard(good, spec)
+    make_shard(good, model)
     flags = {"runs_dir": tmp_path / "runs", flag: str(good.parent)}
     dmd.main(small_args(steps=1, **flags))
     runs = list(tmp_path.glob("runs/dmd__*"))
 
     whole, bad = good.read_bytes(), tmp_path / "shards" / "1.safetensors"
-    for content, words in ((whole[:-100], ["corrupt or truncated"]), (b"not a shard", ["corrupt or truncated"])):
+    for content, words in (
+        (whole[:-100], ["corrupt, cut or no shard"]),
+        (b"not a shard", ["corrupt, cut or no shard"]),
+    ):
         bad.write_bytes(content)
         fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", *words)
-    make_shard(bad, spec, latents=torch.randn(3, 16, 2, 2, 2))
-    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "latents are (3, 16, 2, 2, 2)", "expected")
-    save_file({"latents": torch.zeros(1)}, bad)
-    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "no 'tokens'")
+    make_shard(bad, model, latents=torch.randn(3, 16, 2, 2, 2))
+    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "0.latents is (16, 2, 2, 2)", "expected (8, 5, 8, 8)")
     whole = load_file(good)
     for changes, prompts, words in (
-        ({"offsets": torch.tensor(3)}, '["", "", ""]', ["offsets must be int64"]),
-        ({"offsets": torch.tensor([0.0, 4, 8, 12])}, '["", "", ""]', ["offsets must be int64"]),
-        ({"tokens": torch.zeros(12)}, '["", "", ""]', ["tokens [t, d]"]),
-        ({"offsets": torch.tensor([0, 8, 4, 12])}, '["", "", ""]', ["rise from 0 to the 12"]),
-        ({"offsets": torch.tensor([0, 4, 8, 16])}, '["", "", ""]', ["rise from 0 to the 12"]),
-        ({}, '["", ""]', ["list of its 3 prompts"]),
-        ({}, "not JSON", ["list of its 3 prompts"]),
+        ({"1.text": torch.zeros(4)}, '["", "", ""]', ["1.text is (4,)", "expected (4, 32)"]),
+        ({"1.text": torch.zeros(4, 33)}, '["", "", ""]', ["1.text is (4, 33)", "expected (4, 32)"]),
+        ({}, '["", "", "", ""]', ["3.text is missing"]),
+        ({}, "3", ["its prompts are no list"]),
+        ({}, "not JSON", ["1.safetensors", "no shard"]),
     ):
         save_file(whole | changes, bad, metadata={"prompts": prompts})
         fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", *words)
+    save_file(whole, bad)
+    fails(lambda: dmd.main(small_args(**flags)), "1.safetensors", "no shard")
     assert list(tmp_path.glob("runs/dmd__*")) == runs
 
 
@@ -321,7 +336,7 @@ def test_unwritable_run_folder(tmp_path, fails):
 
 
 def test_read_only_run_folder(tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(common.os, "access", lambda path, mode: mode != common.os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     fails(lambda: dmd.main(small_args(runs_dir=tmp_path)), "cannot write", "read-only", "--runs-dir")
     assert not any(tmp_path.iterdir())
 
@@ -352,7 +367,6 @@ def copied_teacher(tmp_path):
         ("text_encoder/model.safetensors", "gone", ["text_encoder holds no *.safetensors"]),
         ("text_encoder/config.json", "gone", ["teacher", "config.json"]),
         ("tokenizer/tokenizer.json", "gone", ["cannot read", "teacher"]),
-        ("model_index.json", "gone", ["cannot read", "model_index.json"]),
         ("vae", "gone", ["no vae/ folder"]),
     ],
 )
@@ -401,7 +415,7 @@ def test_nan_stops_with_code_1_and_keeps_the_last_checkpoint(tmp_path, fails, mo
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, fails, monkeypatch):
-    save, calls = common.dcp.save, []
+    save, calls = dcp.save, []
 
     def full(*args, **kwargs):
         calls.append(None)
@@ -409,24 +423,30 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, fails, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*args, **kwargs)
 
-    monkeypatch.setattr(common.dcp, "save", full)
+    monkeypatch.setattr(dcp, "save", full)
     run = lambda: dmd.main(small_args(runs_dir=tmp_path, save_every=1))  # noqa: E731
     fails(run, "cannot write", "step_0000002", "No space left", "last checkpoint is", "step_0000001", code=1)
     (checkpoint,) = (only_run(tmp_path) / "checkpoints").iterdir()
-    common.check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint)
 
 
-def test_resume_does_not_mix_with_later_checkpoints(tmp_path, fails):
+def test_resuming_an_earlier_checkpoint_makes_a_run_of_its_own(tmp_path, capsys):
     dmd.main(small_args(runs_dir=tmp_path, save_every=1))
-    checkpoints = only_run(tmp_path) / "checkpoints"
-    resume = small_args(runs_dir=tmp_path, resume=str(checkpoints / "step_0000001"))
-    fails(lambda: dmd.main(resume), "goes on to step_0000003", "later than step_0000001")
-    assert len(list(checkpoints.iterdir())) == 3
+    run = only_run(tmp_path)
+    dmd.main(small_args(runs_dir=tmp_path, save_every=1, resume=str(run / "checkpoints" / "step_0000001")))
+    assert "not the last of its run" in capsys.readouterr().out
+    assert len(list((run / "checkpoints").iterdir())) == 3
+    (other,) = set(tmp_path.glob("dmd__*")) - {run}
+    assert sorted(path.name for path in (other / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
+    ends = [load_file(folder / "checkpoints/step_0000003/student" / WEIGHTS) for folder in (run, other)]
+    assert same(*ends)
+    dmd.main(small_args(runs_dir=tmp_path, steps=4, resume=str(other)))  # and goes on as any run
+    assert (other / "checkpoints" / "step_0000004").is_dir()
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
     folder = tmp_path / "dmd__tiny__0__20260101-000000"
-    made = [common.unused_folder(folder) for _ in range(3)]
+    made = [unused_folder(folder) for _ in range(3)]
     assert [path.name for path in made] == [folder.name, f"{folder.name}-2", f"{folder.name}-3"]
     assert all(path.is_dir() for path in made)
 
@@ -445,67 +465,18 @@ def test_a_wan_preset_offline_names_the_repository(tmp_path, fails, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    args = common.with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b", runs_dir=str(tmp_path / "runs"))
+    args = with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b", runs_dir=str(tmp_path / "runs"))
     fails(lambda: dmd.main(args), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "hf download", "--teacher DIR")
 
 
-# ----------------------------------------------------------------------------------------------------------- dry run
-
-
-def test_dry_run_of_the_real_models(capsys, tmp_path):
-    """Parameters and FLOPs of Wan2.1-1.3B, against a count by hand."""
-    args = common.with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b", dry_run=True, gpus=8, runs_dir=tmp_path)
-    dmd.main(args)
-    out = capsys.readouterr().out
-    assert "1,419.0 M parameters" in out and "32,760 tokens" in out
-    n, d, ffn, text, layers = 32760, 1536, 8960, 512, 30
-    block = 2 * n * (6 * d * d + 2 * d * ffn) + 4 * n * n * d + 2 * text * 2 * d * d + 4 * n * text * d
-    ends = 2 * n * d * 64 * 2 + 2 * text * (4096 * d + d * d) + 2 * (256 * d + d * d + 6 * d * d)
-    forward = float(out.split("per GPU; ")[1].split()[0])
-    assert forward == pytest.approx(layers * block + ends, rel=0.005)
-    assert not list(tmp_path.iterdir())
-
-
-def test_dry_run_counts_what_autograd_keeps(capsys, tmp_path):
-    """Activations of one forward, against the tensors that a bf16 network on the CPU keeps for its backward."""
-    spec, saved = common.Teacher("tiny", 9, 32, 32), {}
-    network = spec.load_network(True, torch.device("cpu"), dtype=torch.bfloat16)
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(torch.randn(1, *spec.latent_shape), torch.rand(1), {"text": torch.randn(1, 16, 32)})
-    expected = 256 * sum(storage.nbytes() for storage in saved.values()) / 1024**3
-    dmd.main(small_args(dry_run=True, batch_size=256, runs_dir=tmp_path))
-    printed = float(capsys.readouterr().out.split("activations")[1].split()[0])
-    assert printed == pytest.approx(expected, rel=0.02)
-
-
-def test_dry_run_counts_the_whole_run(capsys, tmp_path):
-    """Hours are those of all steps, and of the teacher's pairs before them, unless they are given."""
-    flags = {"teacher": "wan2.1-1.3b", "dry_run": True, "runs_dir": tmp_path, "steps": 3600, "num_pairs": 100}
-    for pairs in (None, "pairs/"):
-        dmd.main(common.with_recipe(dmd.Args, dmd.RECIPES, pairs=pairs, **flags))
-        out = capsys.readouterr().out
-        forward = float(out.split("per GPU; ")[1].split()[0])
-        step = float(out.split("time per step")[1].split()[0])
-        assert float(out.split("all 3,600 steps")[1].split()[0]) == pytest.approx(step, rel=0.01)
-        if not pairs:
-            hours = float(out.split("teacher pairs")[1].split()[0])
-            assert hours == pytest.approx(100 * 50 * 2 * forward / 4e14 / 3600, rel=0.01)
-    assert "teacher pairs" not in out
+# ------------------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(("teacher", "lr"), [("tiny", "0.001"), ("wan2.1-1.3b", "2e-06")])
 def test_help_says_what_values_mean_and_whose_they_are(capsys, monkeypatch, teacher, lr):
     monkeypatch.setattr(sys, "argv", ["dmd.py", "--teacher", teacher, "--help"])
     with pytest.raises(SystemExit):
-        common.parse_args(dmd.Args, dmd.RECIPES)
+        parse_args(dmd.Args, dmd.RECIPES)
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--guidance-scale" in out and "uncond + g" in out
     assert f"The values below are those of --teacher {teacher}" in out and f"(default: {lr})" in out
@@ -520,7 +491,7 @@ def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     for resume, more in (("latest", ["--seed", "4", "--runs-dir", str(moved)]), (str(only_run(moved)), [])):
         monkeypatch.setattr(sys, "argv", ["dmd.py", "--resume", resume, "--steps", "2", *more])
-        args = common.parse_args(dmd.Args, dmd.RECIPES)
+        args = parse_args(dmd.Args, dmd.RECIPES)
         assert vars(args) == {**vars(small_args(**flags)), "steps": 2, "resume": resume, "runs_dir": str(moved)}
 
 

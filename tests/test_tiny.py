@@ -1,54 +1,57 @@
 """The laptop world: clips are what their factors say, read_factors is right and honest, the shipped teacher works."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from einops import rearrange
 
-from tiny import data
+from tiny import measures, train, world
+from tiny.training import report, teacher, vae
+from tiny.training.optim import orthogonalise
 
-TEACHER = Path(data.__file__).parent / "teacher"
+TEACHER = Path(world.__file__).parent / "teacher"
 COUNT = 384
 
 
 @pytest.fixture(scope="module")
 def clips():
-    videos, captions = data.batch(0, range(COUNT))
-    rows = [data.draw_factors(0, i) for i in range(COUNT)]
+    videos, captions = world.batch(0, range(COUNT))
+    rows = [world.draw_factors(0, i) for i in range(COUNT)]
     return videos, captions, {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    diffusers = pytest.importorskip("diffusers")
-    pipe = diffusers.WanPipeline.from_pretrained(TEACHER)
+    pipe = WanPipeline.from_pretrained(TEACHER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_clips_depend_on_seed_and_index_only():
-    video, caption, factors = data.clip(3, 10**12)
-    again, _ = data.batch(3, [5, 10**12])
+    video, caption, factors = world.clip(3, 10**12)
+    again, _ = world.batch(3, [5, 10**12])
     assert torch.equal(video, again[1])
-    assert caption in data.CAPTIONS and factors == data.draw_factors(3, 10**12)
-    assert video.shape == (3, data.FRAMES, data.SIZE, data.SIZE) and video.dtype == torch.float32
-    assert not torch.equal(video, data.clip(4, 10**12)[0])
+    assert caption in world.CAPTIONS and factors == world.draw_factors(3, 10**12)
+    assert video.shape == (3, world.FRAMES, world.SIZE, world.SIZE) and video.dtype == torch.float32
+    assert not torch.equal(video, world.clip(4, 10**12)[0])
 
 
 def test_caption_fixes_colour_and_kind_and_nothing_else():
-    free = data.draw_factors(0, 1)
-    for i, caption in enumerate(data.CAPTIONS):
-        video, said, factors = data.clip(0, 1, caption)
+    free = world.draw_factors(0, 1)
+    for i, caption in enumerate(world.CAPTIONS):
+        video, said, factors = world.clip(0, 1, caption)
         assert said == caption
-        assert (factors["color"], factors["kind"]) == divmod(i, len(data.KINDS))
+        assert (factors["color"], factors["kind"]) == divmod(i, len(world.KINDS))
         assert all(factors[name] == free[name] for name in ("speed", "size", "brightness", "direction"))
-        read = data.read_factors(video[None])
+        read = measures.read_factors(video[None])
         assert read["clean"] and read["color"] == factors["color"] and read["kind"] == factors["kind"]
     with pytest.raises(ValueError, match="unknown caption"):
-        data.clip(0, 0, "a purple circle")
+        world.clip(0, 0, "a purple circle")
 
 
 def test_shape_stays_inside(clips):
@@ -62,7 +65,7 @@ def test_shape_stays_inside(clips):
 
 def test_factors_are_uniform_and_direction_is_free(clips):
     _, _, factors = clips
-    for name, (low, high) in data.RANGES.items():
+    for name, (low, high) in world.RANGES.items():
         assert factors[name].min() >= low and factors[name].max() <= high
         assert abs(factors[name].mean() - (low + high) / 2) < 0.05 * (high - low)
     unit = torch.stack([torch.cos(factors["direction"]), torch.sin(factors["direction"])])
@@ -71,7 +74,7 @@ def test_factors_are_uniform_and_direction_is_free(clips):
 
 def test_read_factors_recovers_what_was_rendered(clips):
     videos, captions, factors = clips
-    read = data.read_factors(videos)
+    read = measures.read_factors(videos)
     assert read["clean"].all()
     assert torch.equal(read["color"], factors["color"]) and torch.equal(read["kind"], factors["kind"])
     tolerances = {"x": 0.2, "y": 0.2, "speed": 0.02, "size": 0.06, "brightness": 5e-3, "saturation": 5e-3}
@@ -80,7 +83,7 @@ def test_read_factors_recovers_what_was_rendered(clips):
     turn = (read["direction"] - factors["direction"] + math.pi) % (2 * math.pi) - math.pi
     assert turn.abs().max() < 0.03
     assert read["coherence"].max() < 0.08
-    table = data.summary(videos, captions)
+    table = measures.summary(videos, captions)
     assert table["clean"] == table["right"] == 100
     assert table["direction_tv"] < 0.15 and 0.97 < table["direction_entropy"] <= 1
 
@@ -90,14 +93,14 @@ def blur(videos, weights):
     row = torch.tensor(weights, dtype=torch.float32)
     kernel, margin = (row[:, None] * row / row.sum() ** 2)[None, None], len(weights) // 2
     flat = F.pad(rearrange(videos, "b c f h w -> (b c f) 1 h w"), (margin,) * 4, mode="replicate")
-    return rearrange(F.conv2d(flat, kernel), "(b c f) 1 h w -> b c f h w", c=3, f=data.FRAMES)
+    return rearrange(F.conv2d(flat, kernel), "(b c f) 1 h w -> b c f h w", c=3, f=world.FRAMES)
 
 
 def test_read_factors_bears_a_codecs_errors(clips):
     videos, _, factors = clips
     blurred = blur(videos, [1, 2, 1])
     blurred = blurred + 0.003 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))
-    read = data.read_factors(blurred.clamp(0, 1))
+    read = measures.read_factors(blurred.clamp(0, 1))
     right = read["clean"] & (read["color"] == factors["color"]) & (read["kind"] == factors["kind"])
     assert right.float().mean() > 0.95
     assert (read["size"] - factors["size"]).abs().mean() < 0.2
@@ -125,7 +128,7 @@ def smear(videos):
 
 def half(videos):
     """The right half of the frame goes dark: of a shape in the middle, half is left."""
-    centred = data.render(
+    centred = world.render(
         {
             "color": torch.tensor([0, 1, 2]),
             "kind": torch.tensor([0, 1, 2]),
@@ -151,29 +154,29 @@ def grow(videos):
 
 @pytest.mark.parametrize("damage", [vanish, two_shapes, smear, half, grow, torch.rand_like, torch.zeros_like])
 def test_damaged_clips_are_not_clean(clips, damage):
-    assert data.read_factors(damage(clips[0][:96]))["clean"].float().mean() < 0.02
+    assert measures.read_factors(damage(clips[0][:96]))["clean"].float().mean() < 0.02
 
 
 def test_ghosts_and_colour_changes_are_not_clean(clips):
     videos, _, factors = clips
     far = factors["speed"] > 1  # ghost and shape overlap less
-    assert data.read_factors(ghost(videos[far]))["clean"].float().mean() < 0.1
+    assert measures.read_factors(ghost(videos[far]))["clean"].float().mean() < 0.1
     turned = torch.cat([videos[:, :, :4], videos[:, :, 4:].roll(1, dims=1)], dim=2)
-    assert data.read_factors(turned)["clean"].float().mean() < 0.02
+    assert measures.read_factors(turned)["clean"].float().mean() < 0.02
 
 
 def test_jumps_are_incoherent(clips):
     videos, _, _ = clips
     jumped = torch.cat([videos[:, :, :4], videos[:, :, 4:].flip(2)], dim=2)
-    assert data.read_factors(jumped)["coherence"].mean() > 10 * data.read_factors(videos)["coherence"].mean()
+    assert measures.read_factors(jumped)["coherence"].mean() > 10 * measures.read_factors(videos)["coherence"].mean()
 
 
 def test_summary_counts_wrong_captions(clips):
     videos, captions, _ = clips
-    wrong = [data.CAPTIONS[(data.CAPTIONS.index(c) + 1) % len(data.CAPTIONS)] for c in captions]
-    table = data.summary(videos, wrong)
+    wrong = [world.CAPTIONS[(world.CAPTIONS.index(c) + 1) % len(world.CAPTIONS)] for c in captions]
+    table = measures.summary(videos, wrong)
     assert table["clean"] == 100 and table["right"] == 0
-    empty = data.summary(torch.zeros(4, 3, data.FRAMES, data.SIZE, data.SIZE), captions[:4])
+    empty = measures.summary(torch.zeros(4, 3, world.FRAMES, world.SIZE, world.SIZE), captions[:4])
     assert empty["clean"] == 0 and math.isnan(empty["speed_mean"])
 
 
@@ -193,8 +196,8 @@ def test_vae_keeps_the_factors(clips, pipe):
         latents = pipe.vae.encode(videos * 2 - 1).latent_dist.mode()
         out = pipe.vae.decode(latents).sample / 2 + 0.5
     assert -10 * torch.log10(F.mse_loss(out, videos)) > 33
-    assert data.summary(out, captions)["right"] >= 97
-    read, rendered = data.read_factors(out), data.read_factors(videos)
+    assert measures.summary(out, captions)["right"] >= 97
+    read, rendered = measures.read_factors(out), measures.read_factors(videos)
     tolerances = {"x": 0.15, "y": 0.15, "speed": 0.03, "size": 0.15, "brightness": 0.03, "background": 0.01}
     for name, tolerance in tolerances.items():
         assert (read[name] - rendered[name])[read["clean"]].abs().mean() < tolerance, name
@@ -211,12 +214,12 @@ def test_tokenizer_ends_and_pads_like_t5(pipe):
     assert ids.input_ids[0, 3:].tolist() == [end, pad, pad] and ids.input_ids[1].tolist() == [end] + [pad] * 5
     assert ids.attention_mask.sum(1).tolist() == [4, 1]
     assert pipe.tokenizer.model_max_length == 16
-    assert all(pipe.tokenizer.unk_token_id not in pipe.tokenizer(caption).input_ids for caption in data.CAPTIONS)
+    assert all(pipe.tokenizer.unk_token_id not in pipe.tokenizer(caption).input_ids for caption in world.CAPTIONS)
 
 
 @pytest.mark.parametrize("length", [16, 512])
 def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
-    captions = data.CAPTIONS[:: 1 if length == 16 else 4]
+    captions = world.CAPTIONS[:: 1 if length == 16 else 4]
     frames = pipe(
         captions,
         height=32,
@@ -228,18 +231,19 @@ def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).frames
-    table = data.summary(rearrange(frames, "b f c h w -> b c f h w"), captions)
+    table = measures.summary(rearrange(frames, "b f c h w -> b c f h w"), captions)
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
 
 
 def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys, monkeypatch):
-    from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+    stock, starts = FlowMatchEulerDiscreteScheduler.set_timesteps, []
 
-    from tiny import train
+    def set_timesteps(self, sigmas):
+        stock(self, sigmas=sigmas)
+        starts.append(self.sigmas[0])
 
-    stock, starts = Scheduler.set_timesteps, []
-    monkeypatch.setattr(Scheduler, "set_timesteps", lambda self, **k: (stock(self, **k), starts.append(self.sigmas[0])))
-    train.levels(train.Args(out=TEACHER, samples=24), steps=4)
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", set_timesteps)
+    report.levels(train.Args(out=TEACHER, samples=24), steps=4)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [float(row[0]) for row in rows] == [0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]
     torch.testing.assert_close(torch.stack(starts), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]))
@@ -251,32 +255,28 @@ def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys, monkeypatch
 
 def test_excess_is_the_error_beyond_the_best_possible_one():
     """x0 ~ N(0, 1) and x_t = (1 - s) x0 + s noise: the posterior is known, and so is the price of a wrong guess."""
-    from tiny.train import excess, posterior_mean
-
     g = torch.Generator().manual_seed(0)
     s, x0 = 0.6, torch.randn(20_000, 1, generator=g)
     x_t = (1 - s) * x0 + s * torch.randn(x0.shape, generator=g)
     exact = (1 - s) / ((1 - s) ** 2 + s**2) * x_t
     prediction = 1.1 * exact + 0.2
     wanted = [s**2 / ((1 - s) ** 2 + s**2), (prediction - exact).square().mean().item()]
-    assert excess(prediction, x0, [exact, exact]) == pytest.approx(wanted, rel=0.03)
-    # a hundred clips a half: their noise is several times the excess, and is gone from the product
+    assert report.excess(prediction, x0, [exact, exact]) == pytest.approx(wanted, rel=0.03)
+    # a hundred clips per half: their noise is several times the excess, and is gone from the product
     sigma, rough = torch.full((500,), s), []
     for rows in torch.arange(len(x0)).split(500):
         clips = torch.randn(2, 100, 1, generator=g)
-        halves = [posterior_mean(x_t[rows], sigma, half, half.square().sum(1)) for half in clips]
-        rough.append(excess(prediction[rows], x0[rows], halves))
+        halves = [teacher.posterior_mean(x_t[rows], sigma, half, half.square().sum(1)) for half in clips]
+        rough.append(report.excess(prediction[rows], x0[rows], halves))
     assert torch.tensor(rough).mean(0).tolist() == pytest.approx(wanted, rel=0.1)
 
 
 def test_denoiser_table_adds_up(capsys):
     """What the teacher's error is made of: that of the best possible prediction, and what it is beyond that."""
-    from tiny import train
-
-    train.denoiser(train.Args(out=TEACHER, samples=64, clips=512))
+    report.denoiser(train.Args(out=TEACHER, samples=64, clips=512))
     rows = [[float(c) for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
     assert [row[0] for row in rows] == [0.9, 0.93, 0.95, 0.98, 1]
-    for _, best, total, beyond, percent in rows[2:]:  # below, 256 clips a half are too few
+    for _, best, total, beyond, percent in rows[2:]:  # below, 256 clips per half are too few
         assert total == pytest.approx(best + beyond, rel=0.05)
         assert percent == pytest.approx(100 * beyond / best, rel=0.02, abs=0.2)
         assert 0 < beyond < 0.1 * best
@@ -287,21 +287,17 @@ def test_denoiser_table_adds_up(capsys):
 
 def test_one_padding_token_stands_for_all(pipe):
     """The short cut of training is the stock model's arithmetic at both text lengths."""
-    from copy import deepcopy
-
-    from tiny import train
-
-    fast, padded = deepcopy(pipe.transformer), train.PaddedText()
+    fast, padded = deepcopy(pipe.transformer), teacher.PaddedText()
     for block in fast.blocks:
         block.attn2.set_processor(padded)
-    tokens = pipe.tokenizer([*data.CAPTIONS, ""], padding=True, return_tensors="pt")
+    tokens = pipe.tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
     g = torch.Generator().manual_seed(0)
-    n = len(data.CAPTIONS) + 1
+    n = len(world.CAPTIONS) + 1
     x, sigma = torch.randn(n, 8, 5, 8, 8, generator=g), 1000 * torch.rand(n, generator=g)
     with torch.no_grad():
-        table = train.text_table(pipe.text_encoder, tokens)
+        table = teacher.text_table(pipe.text_encoder, tokens)
         for length in (16, 512):
-            text, _ = pipe.encode_prompt([*data.CAPTIONS, ""], None, False, max_sequence_length=length)
+            text, _ = pipe.encode_prompt([*world.CAPTIONS, ""], None, False, max_sequence_length=length)
             padded.bias = torch.zeros(n, 1, 1, table.shape[1])
             padded.bias[..., -1] = math.log(length - (table.shape[1] - 1))
             slow = pipe.transformer(x, sigma, text, return_dict=False)[0]
@@ -309,57 +305,49 @@ def test_one_padding_token_stands_for_all(pipe):
 
 
 def test_whole_clip_codec_is_the_chunked_one(clips, pipe):
-    from tiny import train
-
     videos = clips[0][:2]
     with torch.no_grad():
-        mean, _ = train.encode(pipe.vae, videos)
+        mean, _ = vae.encode(pipe.vae, videos)
         stock = pipe.vae.encode(videos * 2 - 1).latent_dist.mode()
         torch.testing.assert_close(mean, stock, atol=1e-4, rtol=1e-4)
-        out = train.decode(pipe.vae, mean).clamp(0, 1)
+        out = vae.decode(pipe.vae, mean).clamp(0, 1)
         torch.testing.assert_close(out, pipe.vae.decode(stock).sample / 2 + 0.5, atol=1e-4, rtol=1e-4)
 
 
 def test_orthogonalise_evens_out_singular_values():
-    from tiny import train
-
     g = torch.Generator().manual_seed(0)
     for shape in ((2, 12, 40), (2, 40, 12)):
         x = torch.randn(shape, generator=g) * torch.logspace(0, -1, shape[2])
-        values = torch.linalg.svdvals(train.orthogonalise(x))
+        values = torch.linalg.svdvals(orthogonalise(x))
         assert values.min() > 0.5 and values.max() < 1.4
 
 
 def test_interrupted_training_is_the_same_training(tmp_path, monkeypatch):
-    from tiny import train
-
-    def run(folder, vae):
+    def run(folder, codec):
         args = train.Args(work=folder, vae_batch=2, save_every=2)
-        train.train_vae(args, "vae", list(vae.parameters()), vae, 0, 4, lr=2e-3)
-        return vae.state_dict()
+        vae.train_vae(args, "vae", list(codec.parameters()), codec, 0, 4, lr=2e-3)
+        return codec.state_dict()
 
     def fresh(seed):
         torch.manual_seed(seed)
-        return train.build_vae()
+        return vae.build_vae()
 
-    whole, batch = run(tmp_path / "whole", fresh(0)), data.batch
+    whole, batch = run(tmp_path / "whole", fresh(0)), world.batch
 
     def stop_at_the_fourth(seed, indices):
         if indices[0] == 6:
             raise KeyboardInterrupt
         return batch(seed, indices)
 
-    monkeypatch.setattr(data, "batch", stop_at_the_fourth)
+    monkeypatch.setattr(world, "batch", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "halves", fresh(0))
-    monkeypatch.setattr(data, "batch", batch)
+    monkeypatch.setattr(world, "batch", batch)
     resumed = run(tmp_path / "halves", fresh(1))  # other weights: all must come from the snapshot
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
-    from tiny import train
-
     for bad in (
         {"steps": 0},
         {"clips": 100},
@@ -375,12 +363,10 @@ def test_bad_input_is_one_line(capsys, tmp_path):
 
 
 def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
-    from tiny.train import posterior_mean
-
     torch.manual_seed(0)
     clips = torch.randn(5, 12, dtype=torch.float64)
     x_t, sigma = torch.randn(4, 2, 1, 2, 3, dtype=torch.float64), torch.tensor([0.05, 0.6, 0.9, 1.0]).double()
-    got = posterior_mean(x_t, sigma, clips, clips.square().sum(1)).flatten(1)
+    got = teacher.posterior_mean(x_t, sigma, clips, clips.square().sum(1)).flatten(1)
     for x, s, row in zip(x_t.flatten(1), sigma, got, strict=True):
         likelihood = [math.exp(-((x - (1 - s) * clip).square().sum() / (2 * s**2)).item()) for clip in clips]
         if sum(likelihood) == 0:  # far from every clip: the nearest is all
@@ -392,7 +378,7 @@ def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
     # over many draws it averages to the clips that were drawn: the same expected target
     rows = torch.randint(5, (20_000,))
     x_t = 0.2 * clips[rows] + 0.8 * torch.randn(20_000, 12, dtype=torch.float64)
-    target = posterior_mean(x_t, torch.full((20_000,), 0.8).double(), clips, clips.square().sum(1))
+    target = teacher.posterior_mean(x_t, torch.full((20_000,), 0.8).double(), clips, clips.square().sum(1))
     wanted, weight = clips[rows], x_t[:, :1].tanh()  # also where x_t is large or small
     assert ((target - wanted) * weight).mean(0).abs().max() < 0.03
     assert (target - wanted).square().mean() < wanted.square().mean()

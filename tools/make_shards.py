@@ -12,16 +12,22 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import av
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from annotated_types import Ge
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_shards.py` finds common
 
 import common  # noqa: E402
+import dmd2  # noqa: E402
+from harness.files import Fatal, hashed, make_folder, stamps  # noqa: E402
+from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
 
 SUFFIXES = {".mp4", ".mov", ".webm", ".mkv"}
 
@@ -34,13 +40,13 @@ class Args:
     """Folder for the shards."""
     teacher: str = "wan2.1-1.3b"
     """Whose VAE and text encoder: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
-    frames: int = 81
-    """Frames of a clip; a shorter video is an error."""
-    height: int = 480
-    """Height in pixels."""
-    width: int = 832
-    """Width in pixels."""
-    shard: int = 64
+    frames: Annotated[int | None, Ge(1)] = None
+    """Frames of a clip; a shorter video is an error. None: as many as the scripts train on with this teacher."""
+    height: Annotated[int | None, Ge(1)] = None
+    """Height in pixels. None: the scripts' with this teacher."""
+    width: Annotated[int | None, Ge(1)] = None
+    """Width in pixels. None: the scripts' with this teacher."""
+    shard: Annotated[int, Ge(1)] = 64
     """Clips in a shard."""
 
 
@@ -60,9 +66,9 @@ def read_clip(path, frames, height, width, fps):
             while last and len(picked) < frames and (len(picked) - 0.5) / fps <= last.time - first:
                 picked.append(last.to_ndarray(format="rgb24"))
     except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise common.Fatal(f"cannot read {path}: {error}", alone=True) from None
+        raise Fatal(f"cannot read {path}: {error}", alone=True) from None
     if len(picked) < frames:
-        raise common.Fatal(
+        raise Fatal(
             f"{path} has {len(picked)} of {frames} frames at {fps} a second: leave it out, or lower --frames",
             alone=True,
         )
@@ -78,51 +84,54 @@ def read_caption(path):
     try:
         caption = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise common.Fatal(f"{path} has no caption {path.with_suffix('.txt').name} beside it: {error}") from None
+        raise Fatal(f"{path} has no caption {path.with_suffix('.txt').name} beside it: {error}") from None
     if not caption:
-        raise common.Fatal(f"{path.with_suffix('.txt')} is empty: write the video's caption into it")
+        raise Fatal(f"{path.with_suffix('.txt')} is empty: write the video's caption into it")
     return caption
 
 
 def main(args):
     if not args.clips.is_dir():
-        raise common.Fatal(f"no such folder {args.clips}")
+        raise Fatal(f"no such folder {args.clips}")
     paths = sorted(path for path in args.clips.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise common.Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}")
-    if args.shard < 1:
-        raise common.Fatal(f"--shard must be at least 1, got {args.shard}")
+        raise Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}")
+    check_flags(args)
     captions = [read_caption(path) for path in paths]
-    rank, world, device = common.init_distributed()
-    spec = common.Teacher(args.teacher, args.frames, args.height, args.width)
+    device = common.init_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    recipe = with_recipe(dmd2.Args, dmd2.RECIPES, teacher=args.teacher)
+    frames, height, width = (getattr(args, name) or getattr(recipe, name) for name in ("frames", "height", "width"))
+    model = common.Model(args.teacher, frames, height, width)
+
+    # the folder says what its shards are, so that others are not added to them
     names = [str(path.relative_to(args.clips)) for path in paths]
-    files = [*paths, *sorted(p for part in ("vae", "text_encoder") for p in (spec.folder / part).iterdir())]
-    key = str(common.hashed(names, common.stamps(files), captions, spec.latent_shape, args.shard))
-    note = args.out / "key.txt"
-    common.make_folder(args.out, hint="")
+    files = [*paths, *sorted(file for part in ("vae", "text_encoder") for file in (model.folder / part).iterdir())]
+    key, note = str(hashed(names, stamps(files), captions, model.latent_shape, args.shard)), args.out / "key.txt"
+    make_folder(args.out, hint="")
     before = [note.read_text() if note.is_file() and any(args.out.glob("*.safetensors")) else key]
-    common.dist.broadcast_object_list(before)
+    dist.broadcast_object_list(before)
     if before[0] != key:
-        raise common.Fatal(f"{args.out} holds shards of other clips or settings: delete it, or give another folder")
+        raise Fatal(f"{args.out} holds shards of other clips or settings: delete it, or give another folder")
     if rank == 0:
         note.write_text(key)
-    texts = common.encode_text(spec, captions, args.out / "text", device)
-    vae = spec.family.load_vae(spec.folder, device)
+
+    encoded = common.encode_text(model, captions, args.out / "text", device)
+    vae = model.load_vae(device)
     for first in range(rank * args.shard, len(paths), world * args.shard):
         path, part = args.out / f"{first:08d}.safetensors", range(first, min(first + args.shard, len(paths)))
         if path.is_file():
             continue
-        latents = []
-        for i in part:
-            video = read_clip(paths[i], args.frames, args.height, args.width, spec.fps)
-            latents.append(spec.family.encode(vae, video[None]).cpu())
-        rows = common.unpadded(texts.cond_of(part)["text"])
-        common.write_shard(path, [captions[i] for i in part], rows, latents=torch.cat(latents))
+        texts = [file.get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in part)]
+        clips = (read_clip(paths[number], frames, height, width, model.fps) for number in part)
+        latents = [common.encode(vae, clip[None])[0] for clip in clips]
+        common.write_shard(path, [captions[number] for number in part], texts, latents=latents)
         print(f"clips {first} to {part[-1]} of {len(paths)}", flush=True)
-    common.dist.barrier()
+    dist.barrier()
     if rank == 0:
         print(f"{len(paths)} clips in {math.ceil(len(paths) / args.shard)} shards: --data {args.out}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(Args, description=__doc__))

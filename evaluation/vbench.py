@@ -1,5 +1,5 @@
 """What VBench (Huang et al. 2023, arXiv 2311.17982) fixes: its prompt list, file names, constants and totals, and how
-its own code is run and believed. eval_vbench.py does the rest. No file of VBench is kept here; facts are of 0.1.5.
+its own code is run and believed. No file of VBench is kept here; facts are of 0.1.5.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from common import Fatal
+from harness.files import Fatal
 
 # dimension: min, max, weight (VBench's scripts/constant.py); the first seven are Quality, the others Semantic
 DIMENSIONS = {
@@ -131,8 +131,9 @@ def entries_id(entries):
 
 
 def distinct(entries, samples):
-    """One item a prompt: {"entry", "prompt", "fed", "dimensions", "files": one name a sample}. A prompt that is there
-    twice has the number and words of its first entry and the dimensions of all: VBench reads the same files for both.
+    """One item per prompt: {"entry", "prompt", "fed", "dimensions", "files": one name per sample}. A prompt that is
+    there twice has the number and words of its first entry and the dimensions of all: VBench reads the same files for
+    both.
     """
     items = {}
     for i, entry in enumerate(entries):

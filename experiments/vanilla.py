@@ -1,10 +1,10 @@
 """A control for phased_dmd.py: few-step DMD whose gradient goes back through all steps ("vanilla few-step DMD").
 
-    python tools/vanilla.py --gan-weight 0
+    python experiments/vanilla.py --gan-weight 0
 
 dmd2.py draws an exit step and gives the gradient to that step alone. Here every rollout takes all steps and all of them
 carry it, which costs the memory of all. The rest is dmd2.py, its flags too. The run folder is like a script's, for
-tools/evidence.py.
+experiments/evidence.py.
 """
 
 import sys
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/vanilla.py` finds the scripts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
-import common  # noqa: E402
 import dmd2  # noqa: E402
-from dmd2 import RECIPES, Args  # noqa: E402
+from dmd2 import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
+from harness.files import Fatal  # noqa: E402
+from harness.flags import launch  # noqa: E402
 
 
 def rollout(student, rng, cond, shape, sigmas):
@@ -31,9 +32,7 @@ def rollout(student, rng, cond, shape, sigmas):
 
 def main(args):
     if args.student_input == "data":
-        raise common.Fatal("--student-input data takes one step, so there is nothing to go back through: leave it out")
-    if args.dry_run:
-        raise common.Fatal("--dry-run counts for dmd2.py, which keeps the graph of one step only: use it there")
+        raise Fatal("--student-input data takes one step, so there is nothing to go back through: leave it out")
     dmd2.__file__ = __file__  # the run is named after, and keeps the source of, this file
     # whatever the exit step, all noise levels
     dmd2.rollout = lambda student, rng, cond, shape, *_: rollout(student, rng, cond, shape, args.student_sigmas)
@@ -41,4 +40,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args, RECIPES))
+    launch(main, Args, RECIPES)

@@ -1,10 +1,10 @@
 """codmd.py with features that know where things are: means over 4 x 4 cells of a frame, not over all of it.
 
-    python tools/codmd_cells.py --relation-weight 1
+    python experiments/codmd_cells.py --relation-weight 1
 
 The paper's features of a frame are the means of its latents over h and w, 8 numbers on the tiny teacher, and a shape
 that moves does not change them. Everything else is codmd.py, its flags too. The run folder is like a script's, for
-tools/evidence.py.
+experiments/evidence.py.
 """
 
 import sys
@@ -13,11 +13,11 @@ from pathlib import Path
 import torch.nn.functional as F
 from einops import rearrange
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/codmd_cells.py` finds the scripts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
 import codmd  # noqa: E402
-import common  # noqa: E402
-from codmd import RECIPES, Args, rollout  # noqa: E402, F401  (tools/evidence.py samples with rollout)
+from codmd import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
+from harness.flags import launch  # noqa: E402
 
 
 def cells(x):
@@ -37,4 +37,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(common.parse_args(Args, RECIPES))
+    launch(main, Args, RECIPES)

@@ -1,15 +1,14 @@
 """Train everything that docs/evidence.md compares, on the tiny teacher, then write its tables.
 
-    python tools/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
-    python tools/evidence_runs.py --only dmd2 dfd --seeds 0    # some rows, one seed
-    python tools/evidence_runs.py --list                       # the commands, without running them
+    python experiments/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
+    python experiments/evidence_runs.py --only dmd2 dfd --seeds 0    # some rows, one seed
+    python experiments/evidence_runs.py --list                       # the commands, without running them
 
 Every run is one thread and writes to its own folder, runs/evidence/<name>/. A run that has its last checkpoint is not
 trained again; one that was interrupted starts anew.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -17,18 +16,25 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that `python experiments/evidence_runs.py` finds the harness
+
+from harness.files import Fatal, read_json  # noqa: E402
+from harness.flags import check_flags, one_line_errors  # noqa: E402
+
 DFD = 50  # steps of a DFD run
-# name: (script, flags, name of the run to start from); a row of the table each
+# name: (script, flags, name of the run to start from); each is a row of the table
 RUNS = {
     "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "dmd2_gan": ("dmd2.py", "--steps 500", None),
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
     "dmd2_on": ("dfd.py", f"--steps {DFD} --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
-    "finetune": ("tools/finetune.py", f"--steps {DFD}", "dmd2"),
+    "finetune": ("experiments/finetune.py", f"--steps {DFD}", "dmd2"),
     "dfd": ("dfd.py", f"--steps {DFD}", "dmd2"),
     "dfd_p.25": ("dfd.py", f"--steps {DFD} --data-prob .25", "dmd2"),
     "dfd_p1": ("dfd.py", f"--steps {DFD} --data-prob 1", "dmd2"),
@@ -43,13 +49,13 @@ RUNS = {
     "codmd_samples_w1": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1 --relation-weight 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
-    "codmd_cells_w1": ("tools/codmd_cells.py", "--steps 500 --relation-weight 1", None),
-    "vanilla": ("tools/vanilla.py", "--steps 500 --gan-weight 0", None),
+    "codmd_cells_w1": ("experiments/codmd_cells.py", "--steps 500 --relation-weight 1", None),
+    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
     "phased": ("phased_dmd.py", "--steps 500", None),
-    "phased_x2": ("phased_dmd.py", "--steps 1000", None),  # as many updates a phase as dmd2.py in all
+    "phased_x2": ("phased_dmd.py", "--steps 1000", None),  # as many updates per phase as dmd2.py in all
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
-    "phased_naive": ("phased_dmd.py", "--steps 500 --naive-target", None),
-    "phased_disjoint": ("phased_dmd.py", "--steps 500 --disjoint-times", None),
+    "phased_naive": ("experiments/phased_ablations.py", "--steps 500 --naive-target", None),
+    "phased_disjoint": ("experiments/phased_ablations.py", "--steps 500 --disjoint-times", None),
 }
 
 
@@ -59,7 +65,7 @@ class Args:
     """Names of the runs, see RUNS; those that they start from are trained too."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
-    jobs: int = 1
+    jobs: Annotated[int, Ge(1)] = 1
     """Runs at a time, one thread each."""
     runs_dir: Path = Path("runs/evidence")
     """Where runs, table and sheet are written."""
@@ -78,7 +84,7 @@ def finished(runs_dir, name, seed):
 
 def averaged(folder):
     """Whether a run keeps an average of its student."""
-    return json.loads((Path(folder) / "args.json").read_text())["ema_decay"] > 0
+    return read_json(folder / "args.json")["ema_decay"] > 0
 
 
 def command(runs_dir, name, seed):
@@ -104,13 +110,10 @@ def train(runs_dir, name, seed):
 
 
 def main(args):
+    check_flags(args)
     unknown = [name for name in args.only if name not in RUNS]
     if unknown:
-        print(f"error: unknown run {unknown[0]!r}; known: {', '.join(RUNS)}", file=sys.stderr)
-        sys.exit(2)
-    if args.jobs < 1:
-        print(f"error: --jobs must be at least 1, got {args.jobs}", file=sys.stderr)
-        sys.exit(2)
+        raise Fatal(f"unknown run {unknown[0]!r}; known: {', '.join(RUNS)}")
     runs_dir = args.runs_dir.resolve()
     names = [name for name in RUNS if name in args.only or name in {RUNS[other][2] for other in args.only}]
     if args.list:
@@ -118,8 +121,8 @@ def main(args):
             for seed in args.seeds:
                 print(" ".join(["python", *command(runs_dir, name, seed)]))
         return
-    for rank in (False, True):  # those that start from others come second
-        jobs = [(name, seed) for seed in args.seeds for name in names if bool(RUNS[name][2]) == rank]
+    for has_parent in (False, True):  # those that start from others come second
+        jobs = [(name, seed) for seed in args.seeds for name in names if bool(RUNS[name][2]) == has_parent]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train(runs_dir, *job), jobs))
     missing = [(name, seed) for name in names for seed in args.seeds if not finished(runs_dir, name, seed)]
@@ -127,10 +130,11 @@ def main(args):
         sys.exit(1)
     folders = []
     for name in names:
-        own = [str(finished(runs_dir, name, seed)) for seed in args.seeds]
-        folders += own + [f"{folder}:raw" for folder in own if averaged(folder)]  # the student itself too
-    sys.exit(subprocess.call([sys.executable, "tools/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
+        own = [finished(runs_dir, name, seed) for seed in args.seeds]
+        folders += [*map(str, own), *(f"{folder}:raw" for folder in own if averaged(folder))]  # the student itself too
+    sys.exit(subprocess.call([sys.executable, "experiments/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(Args, description=__doc__))

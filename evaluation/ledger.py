@@ -5,8 +5,7 @@ import os
 
 import torch.distributed as dist
 
-from common import Fatal
-from tools.metrics import written_aside
+from harness.files import Fatal, written_aside
 
 
 def write_text(path, text):
@@ -22,7 +21,7 @@ def write_json(path, value):
 
 
 class Ledger:
-    """Rows of JSON with a key, kept through kill -9: one line a row, on the disk before the next row begins.
+    """Rows of JSON with a key, kept through kill -9: one line per row, on the disk before the next row begins.
 
     Every rank appends to a part of its own; `merge` makes one sorted file of them. A line without its end is no row.
     """

@@ -1,7 +1,7 @@
 """Render the diff of every declared pair of scripts into docs/diffs/, so that a paper's idea can be read as a diff.
 
-python tools/diffs.py            # write docs/diffs/*.md
-python tools/diffs.py --check    # exit 1 and name the stale ones, write nothing
+python docs/diffs.py            # write docs/diffs/*.md, print their sizes
+python docs/diffs.py --check    # exit 1 and name the stale ones, write nothing
 """
 
 import subprocess
@@ -40,13 +40,15 @@ def render(a, b):
     body = "\n".join(line.rstrip() for line in lines)
     return (
         f"# {a}.py to {b}.py\n\n{added} lines added, {removed} removed. Notes on the method: [{b}](../{b}.md). "
-        f"Made by `python tools/diffs.py`.\n\n```diff\n{body}\n```\n"
+        f"Made by `python docs/diffs.py`.\n\n```diff\n{body}\n```\n"
     )
 
 
 def main(args):
     stale = []
     for a, b in PAIRS:
+        added, removed = counts(unified(a, b))
+        print(f"{a}.py to {b}.py: +{added} -{removed}")
         path = ROOT / "docs" / "diffs" / f"{a}-{b}.md"
         text = render(a, b)
         if not path.is_file() or path.read_text() != text:
@@ -55,7 +57,7 @@ def main(args):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
     if stale and args.check:
-        print(f"stale: {', '.join(stale)}; run python tools/diffs.py", file=sys.stderr)
+        print(f"stale: {', '.join(stale)}; run python docs/diffs.py", file=sys.stderr)
         sys.exit(1)
     print(f"{len(PAIRS)} diffs, {'wrote ' + ', '.join(stale) if stale else 'all up to date'}")
 

@@ -1,0 +1,96 @@
+"""How the videos of an evaluation are sampled: from a run's student or a teacher, and all that decides their pixels."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import common
+import dmd2
+from harness.finished import noise_levels, students_of
+from harness.flags import RunArgs, recipe_name
+from harness.media import h264_options
+
+
+@dataclass
+class Source:
+    """What is sampled."""
+
+    role: str
+    """student or teacher."""
+    script: ModuleType
+    """Whose sampler the student has; for a teacher without a run dmd2.py."""
+    args: RunArgs
+    """The run's flags, with those of the evaluation on top."""
+    checkpoint: Path | None
+    raw: bool
+    """The student itself, not its average."""
+
+
+class Noise:
+    """What a sampler draws from: sample k's numbers come from a generator on the CPU with seed seeds[k]."""
+
+    def __init__(self, seeds, device):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def __len__(self):
+        return len(self.generators)
+
+    def normal(self, shape):
+        """Standard normal [b, *shape], float32, on the device."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def contents_id(folder, contents=True):
+    """Hash of a folder's files: names, sizes, configs and, with `contents`, every byte."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if contents or path.suffix == ".json":
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def configuration(source, model):
+    """What decides a sample's pixels beside its prompt, seed and batch, as a dict for JSON."""
+    args = source.args
+    if source.role == "teacher":
+        name, weights, steps, shift = "dmd2.py", model.folder / "transformer", args.teacher_steps, args.shift
+        u = [1 - i / steps for i in range(steps)]
+        sigmas = [round(shift * x / (1 + (shift - 1) * x), 6) for x in u]
+        evaluations = 2 * steps  # both halves of guidance
+        how = {"guidance_scale": args.guidance_scale, "shift": shift, "negative_prompt": model.negative_prompt}
+    else:
+        name, weights = source.script.__name__.removeprefix("experiments.") + ".py", source.checkpoint
+        weights = weights / ("state" if source.raw else "student")
+        levels = noise_levels(source.script, args)
+        sigmas = [sigma for own in levels for sigma in own]
+        evaluations = len(sigmas)
+        ends = [*(own[0] for own in levels[1:]), 0.0] if len(levels) > 1 else []
+        how = {"averaged": not source.raw, "phase_ends": ends}
+    return {
+        "role": source.role, "script": name, **how,
+        "teacher": recipe_name(args.teacher), "checkpoint": contents_id(weights),
+        "text_encoder": contents_id(model.folder / "text_encoder", contents=False),
+        "vae": contents_id(model.folder / "vae"), "sigmas": sigmas, "nfe": evaluations,
+        "frames": args.frames, "height": args.height, "width": args.width, "fps": model.fps,
+        "video": {"codec": "libx264", **h264_options(args.height, args.width)},
+    }  # fmt: skip
+
+
+def sampler(source, model, cache, device):
+    """A function (rng, cond) -> latents [b, c, f, h, w]: the student's own sampler, or the teacher's guided ODE."""
+    shape, args = model.latent_shape, source.args
+    if source.role == "student":
+        students = students_of(model, device, source.script, args, source.checkpoint, source.raw)
+        return partial(source.script.sample_student, students, shape=shape, args=args)
+    teacher = model.load_network(False, device)
+    null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
+    settings = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
+    return lambda rng, cond: dmd2.solve_ode(teacher, rng.normal(shape), cond, *settings)

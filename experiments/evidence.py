@@ -1,0 +1,252 @@
+"""Sample finished runs on the tiny teacher beside data and teacher, and write one table: mean ± spread over seeds.
+
+    python experiments/evidence.py runs/dmd2__tiny__* runs/dfd__tiny__* --out runs/evidence
+
+Runs that differ in nothing but --seed (and where they started and were written) are one row; its label is the flags
+that are not the script's recipe. Factors are read from the pixels of clean clips (tiny/measures.py). Every row has the
+same number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that no training
+saw.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from annotated_types import Ge
+from einops import rearrange, reduce
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
+
+import codmd  # noqa: E402
+import common  # noqa: E402
+import dmd2  # noqa: E402
+from harness.files import Fatal, make_folder, read_json  # noqa: E402
+from harness.finished import load_run, students_of  # noqa: E402
+from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe  # noqa: E402
+from harness.media import contact_sheet  # noqa: E402
+from harness.metrics import preview_metrics  # noqa: E402
+from tiny import measures  # noqa: E402
+from tiny import world as tiny  # noqa: E402
+
+# flags that say where and how long to look, not what was trained
+ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "max_hours"}
+ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
+COLUMNS = {
+    "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
+    "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
+    "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
+    "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
+    "distance": "distance to data",
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders of any of the scripts; the newest checkpoint of each is sampled. FOLDER:raw samples the student
+    itself where the export is its average."""
+    seeds: Annotated[int, Ge(1)] = 8
+    """Samples of each caption, for each training seed."""
+    repeats: Annotated[int, Ge(1)] = 3
+    """Sampling seeds for data and teacher, which have no training seeds."""
+    teacher_steps: tuple[Annotated[int, Ge(1)], ...] = (50, 4)
+    """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    transpose: bool = False
+    """One column per run and one row per figure: easier to read for a few runs."""
+    out: Path = Path("runs/evidence")
+    """Folder for table.md, sheet.png and runs.json (the runs compared)."""
+
+
+def factors_of(clips):
+    """Factors of clips [p, s, 3, f, h, w], a dict of [p, s] tensors."""
+    read = measures.read_factors(clips.flatten(0, 1))
+    return {name: value.view(clips.shape[:2]) for name, value in read.items()}
+
+
+def wasserstein(a, b):
+    """W1 between two samples of numbers, by their quantiles."""
+    q = (torch.arange(200) + 0.5) / 200
+    return (torch.quantile(a, q) - torch.quantile(b, q)).abs().mean().item()
+
+
+def relations(latents):
+    """Mean relations in latents [p, s, c, f, h, w]: between frames [p, f, f], of each caption, and between captions
+    [p, p]. Rows are softmaxed similarities of codmd.py's features, and sum to 1.
+    """
+    frames = codmd.relation_matrix(reduce(latents, "p s c f h w -> p s f c", "mean"))
+    samples = codmd.relation_matrix(reduce(latents, "p s c f h w -> s p c", "mean"))
+    tau = codmd.Args.relation_temperature
+    return torch.softmax(frames / tau, dim=-1).mean(1), torch.softmax(samples / tau, dim=-1).mean(0)
+
+
+def kl(p, q):
+    """KL(p || q) of rows that sum to 1, the mean over rows."""
+    return (p * (p / q).log()).sum(-1).mean().item()
+
+
+def measure(clips, reference):
+    """Figures of clips [p, s, 3, f, h, w], one row per caption, as a dict of floats; see COLUMNS.
+
+    residual: what one shape of one size and colour leaves unexplained in the worst frame, median over samples.
+    direction and position are within a caption, averaged over captions: what collapses when a student forgets a mode.
+    distance: W1 to the data over its standard deviation, averaged over the free factors; `reference` holds the data's
+    factors. Needs two clean clips; NaN if there are fewer.
+    """
+    f = factors_of(clips)
+    clean = f["clean"]
+    wanted = torch.arange(len(clips))[:, None]
+    right = clean & (f["color"] * len(tiny.KINDS) + f["kind"] == wanted)
+    preview, row = preview_metrics(clips), {"right": 100 * right.float().mean().item()}
+    row |= {"diversity": preview["diversity"], "vendi": preview["vendi"], "clipped": 100 * preview["clipped"]}
+    entropies, spreads = [], []
+    for p in range(len(clips)):
+        if clean[p].sum() > 1:
+            bins = torch.round(f["direction"][p][clean[p]] / (torch.pi / 4)).long() % 8
+            share = torch.bincount(bins, minlength=8).float() / len(bins)
+            entropies.append(torch.special.entr(share).sum() / torch.tensor(8.0).log())
+            spreads.append(torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))))
+    row["direction"] = torch.tensor(entropies).mean().item()
+    row["position"] = torch.tensor(spreads).mean().item()
+    for name in ("saturation", "brightness", "background", "speed", "coherence"):
+        row[name] = f[name][clean].mean().item()
+    row["residual"] = f["residual"].median().item()
+    row["distance"] = float("nan")
+    if clean.any():
+        apart = [wasserstein(f[name][clean], reference[name]) / reference[name].std().item() for name in measures.FREE]
+        row["distance"] = sum(apart) / len(apart)
+    return row
+
+
+def label(script, args, step):
+    """The script, its steps, and the flags that are not its recipe's."""
+    recipe = vars(with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
+    changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
+    name = f"{script.__name__.removeprefix('experiments.')}.py, {step} steps"
+    return name + "".join(f", {flag}" for flag in sorted(changed)) + started_from(args.init)
+
+
+def started_from(init):
+    """Where a run started is part of what it is: ", from (that run's label)". Its seed and time are not."""
+    if not init:
+        return ""
+    folders = [folder for folder in (Path(init), *Path(init).parents) if (folder / "args.json").is_file()]
+    if not folders:  # a student alone, or a run that is gone
+        return f", from {Path(init).name}"
+    script, args, checkpoint = load_run(folders[0])
+    here = [part for part in Path(init).parts if part.startswith("step_")]
+    step = int(here[0].removeprefix("step_")) if here else read_json(checkpoint / "checkpoint.json")["step"]
+    return f", from ({label(script, args, step)})"
+
+
+def load_all(folders):
+    """[(label, script, args, checkpoint)] of run folders; one line unless they fit into one table."""
+    if not folders:
+        raise Fatal("name at least one run folder")
+    loaded, seen = [load_run(folder) for folder in folders], {}
+    for folder, (_, args, _) in zip(folders, loaded):
+        if recipe_name(args.teacher) != "tiny":
+            raise Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
+        if common.teacher_folder(args.teacher).resolve() != common.teacher_folder(loaded[0][1].teacher).resolve():
+            raise Fatal(f"{folder} and {folders[0]} have different teachers: one table, one teacher")
+    rows = []
+    for folder, (script, args, checkpoint) in zip(folders, loaded):
+        name = label(script, args, read_json(checkpoint / "checkpoint.json")["step"])
+        name += ", not averaged" if folder.endswith(":raw") else ""
+        other = seen.setdefault((name, args.seed), folder)
+        if other != folder:
+            raise Fatal(f"{folder} and {other} are the same run twice (seed {args.seed}): name one of them")
+        rows.append((name, script, args, checkpoint))
+    return rows
+
+
+def table_of(rows, transpose):
+    """Markdown lines of {label: a list of figures, one dict per seed}: mean ± spread."""
+    table = [["", "seeds", *COLUMNS.values()]]
+    for name, figures in rows.items():
+        table.append([name, str(len(figures))])
+        for column in COLUMNS:
+            values = torch.tensor([row[column] for row in figures])
+            spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
+            table[-1].append(f"{values.mean():.3g}{spread}")
+    table = [list(column) for column in zip(*table)] if transpose else table
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
+
+
+@torch.no_grad()
+def main(args):
+    check_flags(args)
+    if not args.teacher_steps:
+        raise Fatal("--teacher-steps must be at least one number")
+    runs = load_all(args.runs)
+    make_folder(args.out, hint="; see --out")
+    _, _, first, checkpoint = runs[0]
+    device = common.init_distributed()
+    model = common.Model(first.teacher, first.frames, first.height, first.width)
+    shape, cache = model.latent_shape, checkpoint.parents[2] / "cache"  # beside the run, which may have been moved
+    captions = common.encode_text(model, tiny.CAPTIONS, cache, device)
+    null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
+    vae, teacher = model.load_vae(device), model.load_network(False, device)
+    # numbers that no training reaches
+    reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
+    count = len(tiny.CAPTIONS) * args.seeds
+
+    def by_caption(x):
+        return rearrange(x, "(p s) ... -> p s ...", s=args.seeds)
+
+    def sample(sampler, seed):
+        """Latents [p * s, c, f, h, w] of sampler(rng, cond), all captions."""
+        parts = []
+        for start in range(0, count, 48):
+            numbers = range(start, min(start + 48, count))
+            rng = common.Draws(seed, "evidence", numbers, device)
+            parts.append(sampler(rng, captions.cond_of([n // args.seeds for n in numbers])))
+        return torch.cat(parts)
+
+    def euler(steps, guidance):
+        """The teacher's sampler."""
+        settings = (null_cond, guidance, first.shift, steps)
+        return lambda rng, cond: dmd2.solve_ode(teacher, rng.normal(shape), cond, *settings)
+
+    # relations are compared with the teacher's, of other noise than that of the rows
+    solver = euler(args.teacher_steps[0], first.guidance_scale)
+    parts = [relations(by_caption(sample(solver, 10**6 + i).cpu())) for i in range(2)]
+    taught = [torch.stack(matrices).mean(0) for matrices in zip(*parts)]
+    rows, shown = defaultdict(list), {}
+
+    def add(name, latents, clips=None):
+        clips = by_caption(common.decode(vae, latents).cpu() if clips is None else clips)
+        own = relations(by_caption(latents.cpu()))
+        rows[name].append(measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own))))
+        shown.setdefault(name, clips)
+        print(f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in rows[name][-1].items())}", flush=True)
+
+    for seed in range(args.repeats):
+        numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
+        clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
+        add("data", torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
+    plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
+    for steps, guidance in dict.fromkeys([*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]):
+        for seed in range(args.repeats):
+            add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
+    for folder, (name, script, run_args, checkpoint) in zip(args.runs, runs):
+        students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
+        add(name, sample(partial(script.sample_student, students, shape=shape, args=run_args), run_args.seed))
+
+    lines = table_of(rows, args.transpose)
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in (0, 4, 11) for name, clips in shown.items()]
+    contact_sheet(args.out / "sheet.png", picked)
+    (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
+    print("\n".join(lines) + f"\n\n{args.out / 'table.md'} and sheet.png beside it")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,72 @@
+"""A control for dfd.py: train a student on clips alone, by regression at its own noise levels. No teacher, no scores.
+
+    python experiments/finetune.py --init runs/dmd2__tiny__0__… --steps 100
+
+What DFD gains over this is not a matter of having seen the clips. The flags are dfd.py's; the student is updated at
+the steps where dfd.py would update it, on the same clips. One checkpoint is written at the end and no previews:
+--save-every and --preview-every do nothing here, nor do the flags of what is not here: scores, discriminator,
+--data-prob, --student-input, --anneal-lr. The run folder is like a script's, for experiments/evidence.py.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
+
+import common  # noqa: E402
+from dfd import RECIPES, Args, check, rollout, sample_student  # noqa: E402, F401  (evidence.py samples with the last)
+from harness.files import Fatal  # noqa: E402
+from harness.flags import launch  # noqa: E402
+from harness.run import Run  # noqa: E402
+
+
+def main(args):
+    # setup
+    if not (args.init or args.resume):
+        raise Fatal("--init CHECKPOINT is missing: the student to train on, a run of dmd2.py as a rule")
+    run = Run(__file__, args)
+    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    check(args, model)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    if not data.has_clips:
+        raise Fatal("this trains on clips, and prompts are not: pass --data FOLDER (latent shards)")
+    student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
+    ema = model.load_network(False, run.device, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    networks, optimizers = {"student": student, "ema": ema}, {"student": optimizer}
+    run.restore(networks, optimizers)
+
+    stop = 0
+    for step in range(run.step, args.steps):
+        if step % args.student_every:
+            continue
+        stop = run.stop_signal()
+        if stop:
+            break
+        shared, log = common.SharedDraws(args.seed, step), defaultdict(float)
+        sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
+        for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
+            loss = F.mse_loss(rollout(student, rng, cond, model.latent_shape, sigmas, x0_data()), x0_data())
+            log["loss/regression"] += loss.detach() / args.grad_accum
+            (loss / args.grad_accum).backward()
+        log["grad_norm/student"] = common.clip_grad_norm(student, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        common.ema_update(ema, student, args.ema_decay)
+        run.log(step, log, total=args.steps)
+    else:
+        step = args.steps
+    run.save(step, networks, optimizers, students=[ema])
+    run.close()
+    if run.rank == 0:
+        print(f"run folder: {run.folder}")
+    if stop:
+        raise SystemExit(128 + stop)
+
+
+if __name__ == "__main__":
+    launch(main, Args, RECIPES)

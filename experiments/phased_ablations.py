@@ -1,0 +1,74 @@
+"""phased_dmd.py with one thing done otherwise: what the paper warns of, and its own form of the gradient.
+
+    python experiments/phased_ablations.py --naive-target       # the fake score takes a phase's samples for videos
+    python experiments/phased_ablations.py --disjoint-times     # score times up to the phase's start, not up to 1
+    python experiments/phased_ablations.py --velocity-gradient  # eq. 10 in place of DMD's normalised gradient
+
+The other flags are phased_dmd.py's. The run folder is like a script's, for experiments/evidence.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from einops import rearrange
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
+
+import phased_dmd  # noqa: E402
+from harness.flags import launch  # noqa: E402
+from phased_dmd import RECIPES, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
+
+flow_loss, sample_sigma, rollout, student_loss = (
+    getattr(phased_dmd, name) for name in ("flow_loss", "sample_sigma", "rollout", "student_loss")
+)
+
+
+@dataclass(kw_only=True)
+class Args(phased_dmd.Args):
+    naive_target: bool = False
+    """Train the fake score as if samples at a phase's end were clean videos."""
+    disjoint_times: bool = False
+    """Score times up to the phase's start only, instead of up to 1."""
+    velocity_gradient: bool = False
+    """Use the paper's gradient (eq. 10); it differs from DMD's by a positive factor per sample."""
+
+
+def velocity_gradient(x0_real, x0_fake, sigma, s):
+    """The paper's gradient with respect to x_s (eq. 10). All [b, c, f, h, w], float32."""
+    t = rearrange(sigma, "b -> b 1 1 1 1")
+    return (1 - t) ** 2 / ((1 - s) * t) * (x0_fake - x0_real) / t  # v_real - v_fake = (x0_fake - x0_real) / t
+
+
+def sigma_below(rng, shift, s, top):
+    """phased_dmd.sample_sigma on (s, top) instead of (s, 1)."""
+    low, high = (level / (shift - (shift - 1) * level) for level in (s, top))  # before the shift
+    u = low + (high - low) * rng.uniform()
+    return (shift * u / (1 + (shift - 1) * u)).clamp(max(s, 0.02), 0.98)
+
+
+def main(args):
+    phased_dmd.__file__ = __file__  # the run is named after, and keeps the source of, this file
+    starts, last = dict(zip(args.phase_ends, (1.0, *args.phase_ends))), {}
+
+    def kept_rollout(*arguments):
+        x_s, x0 = rollout(*arguments)
+        last["x_s"] = x_s
+        return x_s, x0
+
+    def kept_sigma(rng, shift, s):
+        sigma = sigma_below(rng, shift, s, starts[s]) if args.disjoint_times else sample_sigma(rng, shift, s)
+        last.update(sigma=sigma, s=s)
+        return sigma
+
+    phased_dmd.rollout, phased_dmd.sample_sigma = kept_rollout, kept_sigma
+    if args.naive_target:
+        phased_dmd.flow_loss = lambda v, x_s, noise, sigma, s: flow_loss(v, x_s, noise, sigma, 0)
+    if args.velocity_gradient:
+        phased_dmd.dmd_gradient = lambda x0, real, fake: velocity_gradient(real, fake, last["sigma"], last["s"])
+        phased_dmd.student_loss = lambda x0, grad: student_loss(last["x_s"], grad)
+    phased_dmd.main(args)
+
+
+if __name__ == "__main__":
+    launch(main, Args, RECIPES)

@@ -1,0 +1,110 @@
+"""Wan 2.1 text-to-video. cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from harness.files import Fatal, read_json, readable
+
+TINY = str(Path(__file__).resolve().parents[1] / "tiny" / "teacher")
+
+
+class Wan(nn.Module):
+    PRESETS = {  # name: (where it is, what its transformer's config holds)
+        "tiny": (TINY, {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 384, "text_dim": 32}),
+        "wan2.1-1.3b": (
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096},
+        ),
+        "wan2.1-14b": (
+            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "text_dim": 4096},
+        ),
+    }
+    transformer_class, vae_class = WanTransformer3DModel, AutoencoderKLWan
+    lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    fps = 16
+    # a constant of the model: the negative prompt of diffusers' Wan examples, which is Wan's own in English
+    negative_prompt = (
+        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly "
+        "drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy "
+        "background, three legs, many people in the background, walking backwards"
+    )
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    @property
+    def blocks(self):
+        return self.transformer.blocks
+
+    @property
+    def width(self):
+        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+
+    def forward(self, x_t, sigma, cond, read=None):
+        """x_t [b, c, f, h, w], sigma [b] in [0, 1] -> velocity [b, c, f, h, w], float32; with `read`, a list of block
+        numbers, also their outputs [b, tokens, width].
+        """
+        dtype = self.transformer.patch_embedding.weight.dtype
+        timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936
+        features = {}
+        keep = lambda i: lambda block, args, out: features.update({i: out})
+        hooks = [self.blocks[i].register_forward_hook(keep(i)) for i in read or ()]
+        v = self.transformer(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0].float()
+        for hook in hooks:
+            hook.remove()
+        return v if read is None else (v, [features[i] for i in read])
+
+    @staticmethod
+    def shapes(config, vae, frames, height, width):
+        """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; one line if it has none.
+
+        config and vae are the dicts of the transformer's and the VAE's config.json.
+        """
+        time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        patch = config.get("patch_size", (1, 2, 2))
+        for name, size, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
+            if size < step or size % step:
+                raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {size}")
+        if frames < 1 or (frames - 1) % time:
+            raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
+        shape = (config.get("in_channels", 16), (frames - 1) // time + 1, height // space, width // space)
+        longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
+        if longest > limit:
+            raise Fatal(
+                f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
+                f"embedding has {limit}: see --frames, --height, --width"
+            )
+        return shape, patch
+
+    @staticmethod
+    def text_length(folder):
+        """Tokens a prompt is padded to: the tokenizer's own limit, at most the 512 that WanPipeline pads to."""
+        return min(read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or 512, 512)
+
+    @staticmethod
+    def text_encoder(folder, device):
+        """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with readable(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+        length = Wan.text_length(folder)
+
+        @torch.no_grad()
+        def encode(prompts):
+            prompts = [prompt_clean(prompt) for prompt in prompts]
+            ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            mask = ids.attention_mask.to(device)
+            text = encoder(ids.input_ids.to(device), mask).last_hidden_state
+            return [row[: int(n)].cpu().contiguous() for row, n in zip(text, mask.sum(1), strict=True)]
+
+        return encode

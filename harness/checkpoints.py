@@ -1,0 +1,184 @@
+"""Checkpoints: which one is meant, whether it is whole, and all networks and optimizers out of it and into it.
+
+state/    all networks and optimizers, sharded safetensors of torch.distributed.checkpoint
+student/  the student alone in the diffusers layout: transformer/, with phases also transformer_2/, …; a LoRA merged
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import init_empty_weights
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import common
+from harness.files import Fatal, read_json
+
+# of an optimizer one value per parameter, by its name: safetensors hold nothing but tensors
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def latest_checkpoint(folder):
+    """The newest complete checkpoint in a run folder, or None."""
+    steps = sorted(Path(folder).glob("checkpoints/step_*"), key=lambda path: path.name)
+    steps = [path for path in steps if not path.name.endswith(".tmp")]
+    return steps[-1] if steps else None
+
+
+def check_checkpoint(path):
+    """Raise one line unless every file that the checkpoint was written with is there, whole; returns its record."""
+    if not (path / "checkpoint.json").is_file():
+        raise Fatal(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
+    record = read_json(path / "checkpoint.json")
+    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
+        raise Fatal(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
+    for name, size in record["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise Fatal(f"{path} is incomplete: {name} is missing or has the wrong size; resume from another one")
+    return record
+
+
+def runs_of(runs_dir, script, teacher, seed="*"):
+    """Folders of the runs of a script, teacher and seed."""
+    return sorted(Path(runs_dir).glob(f"{script}__{Path(teacher).name}__{seed}__*"))
+
+
+def find_checkpoint(runs_dir, script, teacher, seed, resume):
+    """The checkpoint folder that --resume means: "latest", a run folder, or a checkpoint folder."""
+    if resume == "latest":
+        found = [c for run in runs_of(runs_dir, script, teacher, seed) if (c := latest_checkpoint(run))]
+        if not found:
+            where = f"{runs_dir}/{script}__{Path(teacher).name}__{seed}__*"
+            raise Fatal(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
+        return max(found, key=lambda path: path.stat().st_mtime)
+    path = Path(resume).absolute()
+    if not path.is_dir():
+        raise Fatal(f"--resume: no such folder {resume}")
+    return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+
+
+def find_init(runs_dir, teacher, init):
+    """The folder that --init means: itself, or for a script's name its newest finished run on this teacher."""
+    if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd") or Path(init).is_dir():
+        if not Path(init).is_dir():
+            raise Fatal(f"--init: no such folder {init}")
+        return Path(init)
+    last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
+    runs = [run for run in runs_of(runs_dir, init, teacher) if (run / "args.json").is_file() and last(run).is_dir()]
+    if not runs:
+        raise Fatal(
+            f"--init: no finished run of {init}.py on {teacher} in {runs_dir}: train one first (torchrun {init}.py "
+            f"--teacher {teacher}), name another with --init, or start from the teacher with --init None"
+        )
+    return max(runs, key=lambda run: last(run).stat().st_mtime)
+
+
+def flat_state(networks, optimizers):
+    """{"name.parameter": tensor} of all networks, and {"name_optimizer.…": tensor} of the optimizers of the same names.
+
+    An optimizer's hyper-parameters come from the flags, not from here.
+    """
+    state = {}
+    for name, network in networks.items():
+        state |= {f"{name}.{key}": value for key, value in get_model_state_dict(network).items()}
+    for name, optimizer in optimizers.items():
+        values = get_optimizer_state_dict(networks[name], optimizer, options=FLAT)
+        state |= {f"{name}_optimizer.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return state
+
+
+def part_of(state, name):
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+def load_state(checkpoint, networks, optimizers):
+    """Fill all networks and optimizers from a checkpoint."""
+    state = flat_state(networks, optimizers)
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "state")))
+    except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
+        reason, flags = str(error).strip().splitlines()[-1], checkpoint.parents[1] / "args.json"
+        raise Fatal(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
+    for name, network in networks.items():
+        set_model_state_dict(network, part_of(state, name))
+    for name, optimizer in optimizers.items():
+        own = get_optimizer_state_dict(networks[name], optimizer, options=FLAT)
+        own |= part_of(state, f"{name}_optimizer")
+        set_optimizer_state_dict(networks[name], optimizer, own, options=FLAT)
+
+
+def load_init(path, networks):
+    """Start networks from a checkpoint (or the newest one of a run folder) of any script, or from a student alone.
+
+    networks: dict of "student", "fake_score" and perhaps "ema". What the checkpoint lacks keeps the teacher's weights,
+    and an average starts at the student; both are said. What only the checkpoint has is ignored. Of a run with phases
+    one expert must be named, by its folder: student/transformer, student/transformer_2, …
+    """
+    path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    experts = path / "student" if (path / "checkpoint.json").is_file() else path
+    if (experts / "transformer_2").is_dir():
+        raise Fatal(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
+    if (path / "checkpoint.json").is_file():
+        check_checkpoint(path)
+        found = load_networks(path, networks)
+    elif (path / "transformer").is_dir() or (path / "diffusion_pytorch_model.safetensors").is_file():
+        found = {"student"}
+        common.put_weights(networks["student"], path / "transformer" if (path / "transformer").is_dir() else path)
+    else:
+        found = set()
+    if "student" not in found:
+        raise Fatal(f"--init: no student in {path}: pass a run, a checkpoint, or a folder that holds transformer/")
+    if "ema" in networks and "ema" not in found:
+        common.ema_update(networks["ema"], networks["student"], 0)
+    if dist.get_rank() == 0:
+        lacking = "; it has no fake score, which starts from the teacher" if "fake_score" not in found else ""
+        print(f"starting from {', '.join(sorted(found))} of {path}{lacking if 'fake_score' in networks else ''}")
+
+
+def load_networks(checkpoint, networks):
+    """Fill those of the networks, a dict by name, that a checkpoint has; returns their names.
+
+    A network is there as a whole or not at all, but for a discriminator's heads, which may be new.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
+    known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
+    found = {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
+    state = {key: value for key, value in wanted.items() if key in known}
+    for key, value in wanted.items():
+        if key in known and known[key].size != value.shape:
+            raise Fatal(f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
+        if key not in known and key.split(".")[0] in found and ".heads." not in key:
+            raise Fatal(
+                f"--init {checkpoint}: it has no {key}; one of the two has a LoRA. Pass "
+                f"{checkpoint / 'student' / 'transformer'}, where it is merged"
+            )
+    dcp.load(state, storage_reader=reader)
+    for name in found:
+        set_model_state_dict(networks[name], part_of(state, name), options=StateDictOptions(strict=False))
+    return found
+
+
+def save_weights(network, folder):
+    """Write a transformer in the diffusers layout: config.json and safetensors. A LoRA is added to its layers."""
+    weights = get_model_state_dict(
+        network.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if dist.get_rank():
+        return
+    for name, module in network.transformer.named_modules():
+        if hasattr(module, "lora_A"):
+            down, up = (weights.pop(f"{name}.lora_{half}.default.weight") for half in "AB")
+            weights[f"{name}.weight"] = weights.pop(f"{name}.base_layer.weight") + module.scaling["default"] * up @ down
+            if f"{name}.base_layer.bias" in weights:
+                weights[f"{name}.bias"] = weights.pop(f"{name}.base_layer.bias")
+    with init_empty_weights(include_buffers=False):
+        transformer = type(network.transformer).from_config(network.transformer.config)
+    transformer.load_state_dict(weights, assign=True)
+    transformer.save_pretrained(folder)

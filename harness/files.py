@@ -1,0 +1,94 @@
+"""Files that are there whole or not at all, and the error that ends in one line. Imports nothing of this repository."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class Fatal(Exception):
+    """One line for the user, which the entry point prints, and an exit code: 2 for bad input, 1 for a run that broke.
+
+    Of several processes on a machine the first one prints it; with alone=True each that raises it, as what only one
+    of them can meet.
+    """
+
+    def __init__(self, message, code=2, alone=False):
+        super().__init__(message)
+        self.code, self.alone = code, alone
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    try:
+        record = json.loads(Path(path).read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
+        return record
+    except (OSError, ValueError) as error:
+        raise Fatal(f"cannot read {path}: {error}") from None
+
+
+def read_prompts(path):
+    """Prompts of a UTF-8 text file (with or without a byte order mark), one per line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        prompts = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Fatal(f"cannot read the prompts in {path}: {reason}") from None
+    if not prompts:
+        raise Fatal(f"{path} holds no prompts: write one per line")
+    if "" in prompts:
+        raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
+    return prompts
+
+
+@contextmanager
+def readable(path):
+    """What is read in this block from a teacher's files ends in one line if it cannot be."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Fatal(f"cannot read {path} ({reason}): copy or download it again") from None
+
+
+def make_folder(folder, hint="; see --runs-dir"):
+    """Make a folder that can be written, with its parents."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
+    except OSError as error:
+        raise Fatal(f"cannot write the folder {folder}: {error.strerror}{hint}") from None
+
+
+@contextmanager
+def written_aside(path):
+    """Yield a hidden path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
+
+    Nobody else has that path: processes that write the same file do not disturb each other, the last one stands.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def hashed(*key):
+    """A 63-bit seed of any tuple of numbers and strings, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def stamps(paths):
+    """(name, size, time) of files, for `hashed`: something that changes when they do, without reading them."""
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -1,0 +1,77 @@
+"""Finished runs: which script made them, with which flags, and how to sample the students that they export."""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import common
+from harness.checkpoints import latest_checkpoint, load_networks
+from harness.files import Fatal, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_run(folder):
+    """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
+    folder = Path(str(folder).removesuffix(":raw")).absolute()
+    checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
+    run = folder.parent.parent if checkpoint == folder else folder
+    if checkpoint is None or not (run / "args.json").is_file():
+        raise Fatal(f"{folder} is not a run with a checkpoint")
+    record = read_json(run / "args.json")
+    name = record.pop("script", None)
+    rooms = {path.stem: "experiments." for path in ROOT.glob("experiments/*.py")}
+    rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
+    if name not in rooms:
+        raise Fatal(f'{run / "args.json"} is of no script that is here: its "script" is {name!r}')
+    script = import_module(rooms[name] + name)
+    try:
+        args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    except TypeError as error:
+        raise Fatal(f"{run / 'args.json'} does not fit today's {name}.py: {error}") from None
+    return script, args, checkpoint
+
+
+def noise_levels(script, args):
+    """Noise levels at which a script's sampler evaluates its students, a list of them per student.
+
+    Found by sampling with networks that return zero; there are more of them than the sampler has use for.
+    """
+    levels = [[] for _ in range(100)]
+
+    def student(own):
+        def network(x_t, sigma, cond):
+            own.append(round(sigma[0].item(), 6))
+            return torch.zeros_like(x_t)
+
+        return network
+
+    rng = common.Draws(0, "noise levels", [0], torch.device("cpu"))
+    script.sample_student([student(own) for own in levels], rng, {}, (1, 1, 1, 1), args)
+    return [own for own in levels if own]
+
+
+def student_folders(script, args, checkpoint):
+    """Folders of the students that a checkpoint exports, in their order: transformer, transformer_2, …"""
+    folders = sorted((checkpoint / "student").iterdir(), key=lambda path: int(path.name.partition("_")[2] or 1))
+    needed = len(noise_levels(script, args))
+    if len(folders) < needed:
+        raise Fatal(f"{checkpoint}: {len(folders)} of {needed} phases are trained; finish the run")
+    return folders
+
+
+def students_of(model, device, script, args, checkpoint, raw):
+    """The networks that a checkpoint exports, a list for `script.sample_student`.
+
+    raw: the last is the student itself, not its average, with its LoRA if it has one, which an export has not.
+    """
+    folders, students = student_folders(script, args, checkpoint), []
+    for folder in folders[:-1] if raw else folders:
+        students.append(model.load_network(False, device))
+        common.put_weights(students[-1], folder)
+    if raw:
+        lora = {name: value for name, value in vars(args).items() if name in ("lora_rank", "lora_alpha")}
+        students.append(model.load_network(False, device, **lora))
+        load_networks(checkpoint, {"student": students[-1]})
+    return students

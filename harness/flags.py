@@ -1,0 +1,151 @@
+"""The run's own flags, which every script's `Args` inherits, their bounds, and the command line."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import tyro
+from annotated_types import Ge, Gt, Lt
+
+from families import PRESETS
+from harness.checkpoints import find_checkpoint
+from harness.files import Fatal, read_json
+
+
+@dataclass(kw_only=True)
+class RunArgs:
+    teacher: str = "tiny"
+    """Whom to distill: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
+    prompts: str | None = None
+    """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
+    data: str | None = None
+    """Folder of latent shards (see common.Shards) whose prompts and clips are used instead of --prompts."""
+    frames: Annotated[int, Ge(1)]
+    """Frames of the video; 1 + a multiple of 4 for Wan."""
+    height: Annotated[int, Ge(1)]
+    """Height of the video in pixels, a multiple of 16 for Wan."""
+    width: Annotated[int, Ge(1)]
+    """Width of the video in pixels, a multiple of 16 for Wan."""
+    batch_size: Annotated[int, Ge(1)]
+    """Samples per process and micro-batch."""
+    grad_accum: Annotated[int, Ge(1)]
+    """Micro-batches whose gradients are averaged into one update."""
+    anneal_lr: bool = False
+    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]]
+    """AdamW betas of student and fake score."""
+    weight_decay: Annotated[float, Ge(0)]
+    """AdamW weight decay of student and fake score."""
+    max_grad_norm: Annotated[float, Gt(0)]
+    """Gradients longer than this are scaled down to it."""
+
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of all noise and data. The same seed and global batch give the same run at any number of processes."""
+    runs_dir: str = "runs"
+    """Where run folders, and the cache of text embeddings and teacher samples, are written."""
+    init: str | None = None
+    """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher. A script's
+    name (dmd2) means its newest finished run on this teacher."""
+    resume: str | None = None
+    """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
+    save_every: Annotated[int, Ge(1)] = 500
+    """Steps between checkpoints. One is also written at the end and on SIGTERM or SIGINT."""
+    keep: Annotated[int, Ge(0)] = 3
+    """Checkpoints to keep, newest first; 0 keeps all."""
+    preview_every: Annotated[int, Ge(0)] = 250
+    """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
+    preview_prompts: Annotated[int, Ge(1)] = 4
+    """Prompts in a preview: the first ones of the data."""
+    preview_seeds: Annotated[int, Ge(1)] = 4
+    """Samples of each prompt in a preview; contact sheet and mp4s show the first four."""
+    teacher_steps: Annotated[int, Ge(1)] = 50
+    """Euler steps of the teacher's samples: those that previews are compared with, and clips that it makes."""
+    num_samples: Annotated[int, Ge(1)] = 1024
+    """Samples that the teacher makes where a method needs pairs or clips and none are given."""
+    max_hours: Annotated[float, Ge(0)] = 4.0
+    """Make no samples of the teacher (pairs, or clips where --data is not given) that would take longer than this."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: far less memory for a third more compute."""
+    track: bool = False
+    """Log to Weights & Biases too, if it is installed."""
+
+
+def check_flags(args):
+    """Raise one line for the first flag that is out of the bounds that its type is annotated with, or not finite."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        hint = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        bounds = {k: getattr(b, k) for b in getattr(hint, "__metadata__", ()) for k in words if hasattr(b, k)}
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not (
+                math.isfinite(number)
+                and bounds.get("ge", number) <= number <= bounds.get("le", number)
+                and bounds.get("gt", -math.inf) < number < bounds.get("lt", math.inf)
+            ):
+                must = " and ".join(f"{words[k]} {b:g}" for k, b in bounds.items()) or "finite"
+                raise Fatal(f"--{name.replace('_', '-')} must be {must}, got {number}")
+
+
+def recipe_name(teacher):
+    """The name in families.PRESETS of a teacher, also for a folder with its config (a copy, a tiny one trained again);
+    other folders keep their path.
+    """
+    config = Path(teacher) / "transformer" / "config.json"
+    if teacher in PRESETS or not config.is_file():
+        return teacher
+    config = read_json(config)
+    return next((name for name, (_, own) in PRESETS.items() if own.items() <= config.items()), teacher)
+
+
+def with_recipe(Args, recipes, **flags):
+    """Args of the teacher's recipe with `flags` on top: what the command line does, for tests and notebooks.
+
+    recipes: {teacher: row of flags}; the first row is everybody's, and the teacher's own changes it.
+    """
+    name, (everybody, *_) = recipe_name(flags.get("teacher", Args.teacher)), recipes.values()
+    return Args(**{**everybody, **recipes.get(name, {}), **flags})
+
+
+def parse_args(Args, recipes):
+    """Command line -> Args. A flag beats the teacher's row in `recipes`, which beats the defaults of Args. For
+    --resume, the args of that run stand in for both.
+    """
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("teacher", "seed", "runs-dir", "resume"):
+        scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
+    given = {name: value for name, value in vars(scan.parse_known_args()[0]).items() if value is not None}
+    args = with_recipe(Args, recipes, teacher=given.get("teacher", Args.teacher))
+    if "resume" in given:
+        place, seed = given.get("runs_dir", args.runs_dir), given.get("seed", args.seed)
+        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.teacher, seed, given["resume"]).parents[1]
+        before = read_json(run / "args.json") if (run / "args.json").is_file() else {}
+        before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
+        place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
+        args = replace(args, **{**before, **place, "resume": None, "track": False})
+    shown = f"The values below are those of --teacher {args.teacher}; --teacher NAME --help shows another's."
+    return tyro.cli(Args, default=args, description=f"{Args.__doc__}\n\n{shown}")
+
+
+@contextmanager
+def one_line_errors():
+    """A user's mistake in this block ends the program with one line on standard error; so does Ctrl-C, with none."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run catches it
+    try:
+        yield
+    except Fatal as error:
+        if error.alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.code) from None
+
+
+def launch(main, Args, recipes):
+    """Run a script's main as a program."""
+    with one_line_errors():
+        main(parse_args(Args, recipes))

@@ -1,0 +1,135 @@
+"""Writers of what a person looks at: mp4 and contact sheet.
+
+A video is a float tensor [3, f, h, w] in [0, 1], RGB; an image is a video with f = 1.
+"""
+
+import math
+import textwrap
+import unicodedata
+from fractions import Fraction
+
+import av
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+from harness.files import written_aside
+
+CLIP_GAP, FRAME_GAP, LABEL_CHARS = 8, 1, 24  # contact sheet: pixels, pixels, characters in a line of a label
+
+
+def to_uint8(video):
+    """[3, f, h, w] in [0, 1] (clamped) -> uint8 array [f, h, w, 3]. ValueError on other shapes and on NaN."""
+    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
+        raise ValueError(f"expected a video [3, f, h, w], got {list(video.shape)}")
+    if not video.isfinite().all():
+        raise ValueError("the video has pixels that are not finite")
+    return (
+        rearrange((video.detach().float().clamp(0, 1) * 255).round().byte(), "c f h w -> f h w c").cpu().numpy().copy()
+    )
+
+
+def h264_options(h, w):
+    """Options of libx264 for frames of h x w pixels; written beside every number that is measured on the result."""
+    options = {"crf": "12", "threads": "4"}  # fixed: x264's output depends on their number
+    if min(h, w) <= 32:
+        # frames of two macroblocks or fewer: x264's macroblock tree then reads memory it never wrote, and the same clip
+        # gives one of several files (measured: 55 of 150 differ at 32 x 32, none of 200 at 64 x 64, none of 400 so)
+        options["x264-params"] = "mbtree=0"
+    return options
+
+
+def write_mp4(path, video, fps):
+    """Write video [3, f, h, w] in [0, 1] as H.264 (libx264, crf 12, yuv420p); the folder must exist.
+
+    Odd sizes raise ValueError: 4:2:0 chroma needs even ones, and padding would change what is scored. The frames are
+    decoded and counted before the file gets its name; RuntimeError if some are missing.
+    """
+    frames = to_uint8(video)
+    f, h, w, _ = frames.shape
+    if h % 2 or w % 2:
+        raise ValueError(f"yuv420p needs an even height and width, got {h} x {w}")
+    with written_aside(path) as aside:
+        with av.open(str(aside), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+            stream.codec_context.thread_type = "FRAME"  # PyAV's default cuts each picture into a slice per thread
+            stream.options = h264_options(h, w)
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        with av.open(str(aside)) as container:
+            count = sum(1 for _ in container.decode(video=0))
+        if count != f:
+            raise RuntimeError(f"{path}: {count} of {f} frames were written")
+
+
+def read_mp4(path):
+    """The frames of a video file as [3, f, h, w] in [0, 1]; ValueError if there are none.
+
+    By OpenCV, as VBench reads it for temporal_flickering: decoders differ in how they upsample chroma.
+    """
+    import cv2
+
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while True:
+        found, frame = capture.read()
+        if not found:
+            break
+        frames.append(torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+    capture.release()
+    if not frames:
+        raise ValueError(f"no frames in {path}")
+    return rearrange(torch.stack(frames), "f h w c -> c f h w").float() / 255
+
+
+def contact_sheet(path, rows, frames=4, scale=None):
+    """Write one PNG: a labelled row of clips for each of rows, a clip shown as evenly spaced frames side by side.
+
+    rows: list of (label, clips), clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]. A clip shows its first
+    frame, its last and some between, `frames` in all or all it has. scale: a whole number enlarges by nearest neighbour
+    (crisp pixels), a fraction below 1 shrinks by area averaging, None makes each clip 64 to 128 pixels high. The folder
+    must exist; ValueError if there is nothing to show.
+    """
+    if not rows or not all(len(clips) for _, clips in rows) or frames < 1:
+        raise ValueError("a contact sheet needs at least one row, one clip in each row and one frame of each clip")
+    font = ImageFont.load_default(14)
+    # Pillow's own font has ASCII only: é is drawn as e, other scripts are left out
+    ascii_labels = [unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode() for label, _ in rows]
+    labels = [textwrap.fill(label, LABEL_CHARS) for label in ascii_labels]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [ruler.multiline_textbbox((0, 0), label, font=font) for label in labels]
+    strips = [[_strip(clip, frames, scale) for clip in clips] for _, clips in rows]
+    left = math.ceil(max(box[2] for box in boxes)) + 2 * CLIP_GAP
+    heights = [max(math.ceil(box[3]), *(strip.height for strip in row)) for box, row in zip(boxes, strips, strict=True)]
+    width = left + max(sum(strip.width + CLIP_GAP for strip in row) for row in strips)
+    sheet = Image.new("RGB", (width, CLIP_GAP + sum(height + CLIP_GAP for height in heights)), "white")
+    draw, y = ImageDraw.Draw(sheet), CLIP_GAP
+    for label, row, height in zip(labels, strips, heights, strict=True):
+        draw.multiline_text((CLIP_GAP, y), label, fill="black", font=font)
+        x = left
+        for strip in row:
+            sheet.paste(strip, (x, y))
+            x += strip.width + CLIP_GAP
+        y += height + CLIP_GAP
+    with written_aside(path) as aside:
+        sheet.save(aside, format="PNG")
+
+
+def _strip(video, frames, scale):
+    """One clip [3, f, h, w] as an image of min(frames, f) evenly spaced frames side by side."""
+    pixels = to_uint8(video)
+    f, h, w, _ = pixels.shape
+    if scale is None:
+        scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)
+    if scale <= 0 or (scale > 1 and scale != int(scale)):
+        raise ValueError(f"scale is a whole number, or a fraction below 1, got {scale}")
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    shown = torch.linspace(0, f - 1, min(frames, f)).round().int().tolist()
+    strip = Image.new("RGB", (len(shown) * (size[0] + FRAME_GAP) - FRAME_GAP, size[1]), "white")
+    for i, t in enumerate(shown):
+        frame = Image.fromarray(pixels[t]).resize(
+            size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+        )
+        strip.paste(frame, (i * (size[0] + FRAME_GAP), 0))
+    return strip

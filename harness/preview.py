@@ -1,0 +1,95 @@
+"""Samples to look at while a run trains, beside the teacher's and the data's, with scores that need no other model."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+
+import common
+from harness import media, metrics
+from tiny import measures
+
+
+class Preview:
+    """Fixed prompts x fixed seeds, sampled again and again, written as mp4s and a contact sheet, and scored.
+
+    Every rank samples its share, with the same number of calls. For the tiny world also the true factors are read back
+    from the pixels.
+    """
+
+    def __init__(self, run, model, data, prompts, seeds, batch_size):
+        self.run, self.model, self.data = run, model, data
+        self.labels, self.seeds, self.batch_size = data.prompts[:prompts], seeds, batch_size
+        self.scores, self.shown, self.vae = {}, {}, None
+        self.total, world = len(self.labels) * seeds, dist.get_world_size()
+        each = math.ceil(self.total / world)
+        self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
+
+    def decode(self, latents):
+        self.vae = self.vae or self.model.load_vae(self.run.device)
+        return common.decode(self.vae, latents).cpu()
+
+    def write(self, name, sample):
+        """Sample, decode, gather, save, score and log. name is "teacher" or a step's number; sample is a function
+        (rng, cond) -> latents [b, c, f, h, w].
+        """
+        videos = []
+        for first in range(0, len(self.mine), self.batch_size):
+            numbers = self.mine[first : first + self.batch_size]
+            cond = self.data.cond_of([number // self.seeds for number in numbers])
+            with torch.no_grad():
+                latents = sample(common.Draws(self.data.seed, "preview", numbers, self.run.device), cond)
+            videos.append(self.decode(latents))
+        gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(torch.cat(videos), gathered)
+        if gathered:
+            clips = torch.stack(gathered, dim=1).flatten(0, 1)[: self.total]  # rank r holds samples r, r + world, …
+            self.score(name, rearrange(clips, "(p s) c f h w -> p s c f h w", s=self.seeds))
+
+    def write_data(self):
+        """The same figures for the data: clips of the same prompts, where there are any."""
+        if dist.get_rank() or not self.data.has_clips:
+            return
+        if self.model.world:
+            numbers = range(10**9, 10**9 + self.total)  # never trained on
+            clips = self.model.world.batch(
+                self.data.seed, numbers, [x for x in self.labels for _ in range(self.seeds)]
+            )[0]
+        else:
+            clips = self.decode(self.data.latents_of(range(len(self.labels))))
+        self.score("data", rearrange(clips, "(p s) c f h w -> p s c f h w", p=len(self.labels)))
+
+    def score(self, name, clips):
+        """Write and log clips [p, s, 3, f, h, w]: of the data, of the teacher, or of the student at a step."""
+        fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
+        folder = self.run.folder / "previews" / (name if fixed else f"step_{step:07d}")
+        scores = metrics.preview_metrics(clips)
+        if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
+            scores = {key: value for key, value in scores.items() if key not in ("diversity", "vendi")}
+        if self.model.world and set(self.labels) <= set(self.model.world.CAPTIONS):  # else nobody knows what is right
+            captions = [label for label in self.labels for _ in range(clips.shape[1])]
+            scores |= measures.summary(clips.flatten(0, 1), captions)
+        self.scores[folder.name] = scores
+        shown = {**self.shown, folder.name: clips[:, :4].clone()}  # four clips of each prompt are enough to look at
+        if fixed:
+            self.shown = shown
+        folder.mkdir(parents=True, exist_ok=True)
+        for p, row in enumerate(shown[folder.name]):
+            for s, video in enumerate(row):
+                media.write_mp4(folder / f"{p:02d}_{s}.mp4", video, self.model.fps)
+        rows = [(f"{self.labels[p]}: {key}", shown[key][p]) for p in range(len(clips)) for key in shown]
+        media.contact_sheet(folder.with_suffix(".png"), rows)
+        prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with
+        self.run.scalars(step, {f"{prefix}/{key}": value for key, value in scores.items()})
+
+    def table(self):
+        """Markdown table of the newest scores beside the teacher's and the data's, also written to previews/."""
+        last = [name for name in self.scores if name not in ("data", "teacher")][-1:]
+        columns = [name for name in ("data", "teacher", *last) if name in self.scores]
+        lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        for key in self.scores[columns[-1]]:
+            cells = [f"{self.scores[c][key]:.3f}" if key in self.scores[c] else "" for c in columns]
+            lines.append(f"| {key} | " + " | ".join(cells) + " |")
+        (self.run.folder / "previews" / "table.md").write_text("\n".join(lines) + "\n")
+        return "\n".join(lines)

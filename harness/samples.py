@@ -1,0 +1,56 @@
+"""Samples of the teacher itself, made once and kept as shards: pairs for a regression, clips where there are none."""
+
+import math
+import time
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+import common
+from harness.files import Fatal, hashed, make_folder, stamps
+
+
+def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
+    """Shards of the teacher's own samples, noise and latents, for the first `count` samples of data; made only once.
+
+    solve: a function (noise, cond) -> latents; settings: what its results depend on beside the teacher and the prompts.
+    Ranks share the work, each with equally many batches, so that sharded networks run in step. Stops with one line
+    after the first batch if the others would take more than --max-hours.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    folder = folder or run.cache / f"pairs_{samples_key(data, count, batch_size, settings):016x}"
+    if rank == 0:
+        make_folder(folder)
+    dist.barrier()
+    paths = {first: folder / f"{first:08d}.safetensors" for first in range(0, count, batch_size)}
+    missing = [first for first, path in paths.items() if not path.is_file()]
+    dist.barrier()
+    turns, started = math.ceil(len(missing) / world), time.perf_counter()
+    for turn in tqdm(range(turns), desc="teacher samples", disable=rank > 0 or not missing):
+        first = missing[(turn * world + rank) % len(missing)]
+        numbers = range(first, min(first + batch_size, count))
+        rng, cond = common.Draws(data.seed, "pairs", numbers, run.device), data.cond(numbers)
+        noise = rng.normal(data.model.latent_shape)
+        # padding is zero, and no real token's embedding is
+        texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
+        prompts = [data.prompt(number) for number in numbers]
+        common.write_shard(paths[first], prompts, texts, noise=noise, latents=solve(noise, cond))
+        if turn == 0:
+            hours = [(time.perf_counter() - started) * (turns - 1) / 3600]
+            dist.broadcast_object_list(hours)
+            if rank == 0 and hours[0] > 0.05:
+                tqdm.write(f"{count} samples of the teacher go to {folder}: about {hours[0]:.1f} hours")
+            if hours[0] > run.max_hours:
+                raise Fatal(
+                    f"{count} samples of the teacher would take {hours[0]:.1f} hours: allow it by --max-hours, make "
+                    "fewer, or give --data (tools/make_shards.py) or --pairs (tools/make_pairs.py)"
+                )
+    dist.barrier()
+    return common.Shards(folder, data.model, run.device, data.seed, keys=("latents", "noise"))
+
+
+def samples_key(data, count, batch_size, settings):
+    """What samples of the teacher depend on: a folder of them is good while this is the same."""
+    model, weights = data.model, stamps(sorted((data.model.folder / "transformer").iterdir()))
+    where = (weights, model.latent_shape, model.negative_prompt, data.prompts)
+    return hashed(where, count, batch_size, data.seed, settings)

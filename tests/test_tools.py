@@ -1,0 +1,50 @@
+"""tools/ as a user starts them, and make_pairs.py: it goes on, and refuses to mix."""
+
+import subprocess
+import sys
+
+import pytest
+
+import dmd
+from tests.conftest import ROOT, small_args
+from tools import make_pairs
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["make_pairs.py", "pairs", "--pair-steps", "0"], "error: --pair-steps must be at least 1, got 0"),
+        (["make_shards.py", "nowhere", "shards"], "error: no such folder nowhere"),
+        (["cost.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd"),
+        (["cost.py", "dmd2", "--gpus", "0"], "error: --gpus must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, words, line):
+    program, *flags = words
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / program), *flags], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"{line}\n")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["make_pairs.py", "cost.py"])
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)])
+def test_without_its_first_word_a_tool_says_what_it_is_for(program, words, code):
+    run = subprocess.run([sys.executable, str(ROOT / "tools" / program), *words], capture_output=True, text=True)
+    said, silent = (run.stderr, run.stdout) if code else (run.stdout, run.stderr)
+    assert run.returncode == code and f"tools/{program}" in said and not silent
+
+
+def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
+    out, flags = tmp_path / "pairs", {"runs_dir": str(tmp_path), "max_hours": 0.0}  # asked for, so never refused
+    make_pairs.main(out, small_args(**flags))
+    shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert len(shards) == 2
+    (out / "00000002.safetensors").unlink()
+    make_pairs.main(out, small_args(**flags))
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
+    for other in ({"pair_steps": 3}, {"guidance_scale": 3.0}, {"seed": 1}, {"num_samples": 6}):
+        fails(lambda other=other: make_pairs.main(out, small_args(**flags, **other)), "other settings")
+    fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(**flags)), "is a file")
+    dmd.main(small_args(runs_dir=str(tmp_path), pairs=str(out), steps=1))

@@ -1,0 +1,247 @@
+"""What a training script costs: parameters, memory per GPU, FLOPs and hours, and on which cards it fits.
+
+    python tools/cost.py dmd2 --teacher wan2.1-1.3b --gpus 8
+    python tools/cost.py phased_dmd --teacher wan2.1-14b --gpus 16 --lora-rank 0
+
+Every flag of the script counts as it does there. All figures come from shapes alone: no weights are read, and for the
+Wan presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, and one more with gradient
+checkpointing. Activations are what autograd saves in a differentiated forward of the bf16 network with flash attention.
+Not counted: the allocator's slack, temporary buffers, the discriminator's heads, previews, and that a LoRA's backward
+has fewer weights to differentiate.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, NamedTuple
+from unittest import mock
+
+import torch
+from annotated_types import Ge
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/cost.py` finds the scripts
+
+import common  # noqa: E402
+from families import FAMILIES, PRESETS  # noqa: E402
+from harness.files import Fatal  # noqa: E402
+from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
+
+
+class Update(NamedTuple):
+    """What an update runs for one sample: forwards of each network, and how many of all these are differentiated.
+    Guidance is two forwards of the teacher.
+    """
+
+    student: float
+    fake_score: float
+    teacher: float
+    backwards: int
+
+
+class Method(NamedTuple):
+    """What a script runs.
+
+    student_update     in one of --student-every steps
+    fake_score_update  in every step
+    graphs             differentiated forwards that wait for their backward at once
+    experts            frozen ones that it holds in the end
+    lora_rank          of the LoRA on student, average and experts
+    """
+
+    student_update: Update
+    fake_score_update: Update
+    graphs: int
+    experts: int = 0
+    lora_rank: int = 0
+
+
+def rollout(args, phase_ends):
+    """Forwards of a rollout of the student: the mean over the phases, and over the steps at which it may stop."""
+    if args.student_input == "data":
+        return 1
+    done = [0, *(sum(sigma > end for sigma in args.student_sigmas) for end in phase_ends)]  # steps by each phase's end
+    return sum((first + 1 + last) / 2 for first, last in pairwise(done)) / len(phase_ends)
+
+
+def dmd(args):
+    return Method(
+        student_update=Update(student=2, fake_score=1, teacher=2, backwards=2),  # with the regression's
+        fake_score_update=Update(student=1, fake_score=1, teacher=0, backwards=1),
+        graphs=1,
+    )
+
+
+def dmd2(args, phase_ends=(0.0,)):
+    steps, gan = rollout(args, phase_ends), int(args.gan_weight > 0)
+    return Method(
+        student_update=Update(student=steps, fake_score=1 + gan, teacher=2, backwards=1 + gan),
+        fake_score_update=Update(student=steps, fake_score=1 + gan, teacher=0, backwards=1 + gan),
+        graphs=1 + gan,
+    )
+
+
+def phased_dmd(args):
+    return dmd2(args, args.phase_ends)._replace(experts=len(args.phase_ends) - 1, lora_rank=args.lora_rank)
+
+
+METHODS = {"dmd": dmd, "dmd2": dmd2, "dfd": dmd2, "codmd": dmd2, "phased_dmd": phased_dmd}
+CARDS = (24, 48, 80)  # GiB
+FULL = 0.85  # of a card: the rest is for what is not counted
+RATE = 4e14  # FLOP/s that a GPU sustains: assumed, not measured
+GIB = 1024**3
+
+
+def args_of(script):
+    """The script's Args with the number of GPUs."""
+
+    @dataclass(kw_only=True)
+    class Args(script.Args):
+        """The script's own flags and its recipe, and --gpus."""
+
+        gpus: Annotated[int | None, Ge(1)] = None
+        """GPUs to plan for. None: as many as the recipe is written for."""
+
+    return Args
+
+
+def recipe_gpus(teacher):
+    """GPUs that the recipes' batches are written for."""
+    return 1 if recipe_name(teacher) == "tiny" else 8
+
+
+def describe(teacher, frames, height, width):
+    """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
+    if teacher not in PRESETS or teacher == "tiny":
+        return common.Model(teacher, frames, height, width)
+    family = next(family for family in FAMILIES.values() if teacher in family.PRESETS)
+    with torch.device("meta"):
+        config = dict(family.transformer_class.from_config(PRESETS[teacher][1]).config)
+    shape, patch = family.shapes(config, {}, frames, height, width)
+    return SimpleNamespace(
+        name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
+        text_length=512, text_dim=config["text_dim"],
+    )  # fmt: skip
+
+
+def one_forward(model):
+    """(network on the meta device in bf16, FLOPs of a forward of one sample, bytes that autograd keeps of it)."""
+    with torch.device("meta"):
+        network = model.family(model.family.transformer_class.from_config(model.config)).to(torch.bfloat16)
+        x_t = torch.empty(1, *model.latent_shape)
+        sigma, cond = torch.empty(1), {"text": torch.empty(1, model.text_length, model.text_dim)}
+    owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+
+    def keep(tensor):  # each storage once, and not the weights
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            saved[storage._cdata] = storage
+        return tensor
+
+    def flash(query, key, value, **_):  # what a GPU runs; for meta tensors PyTorch would write the matrices out
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", flash),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        network(x_t, sigma, cond)
+    return network, counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
+
+
+def teacher_forwards(script, args):
+    """Forwards of the teacher before the first step: for pairs, or for clips where a method needs some and has none."""
+    if script.__name__ == "dmd":
+        return 0 if args.pairs else 2 * args.num_samples * args.pair_steps
+    has_clips = args.data or (recipe_name(args.teacher) == "tiny" and not args.prompts)
+    return 2 * args.num_samples * args.teacher_steps if script.needs_clips(args) and not has_clips else 0
+
+
+def main(script, args):
+    check_flags(args)
+    model = describe(args.teacher, args.frames, args.height, args.width)
+    if script.__name__ != "dmd":  # which has nothing to check
+        script.check(args, model)
+    method, gpus = METHODS[script.__name__](args), args.gpus or recipe_gpus(args.teacher)
+
+    # parameters
+    network, flops, activations = one_forward(model)
+    parameters, lora, copies = sum(p.numel() for p in network.parameters()), 0, "2 trained copies"
+    updated = 2 * parameters  # by student and fake score
+    if method.lora_rank:
+        layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
+        lora = method.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+        updated, copies = parameters + lora, f"{copies}, one by {lora / 1e6:,.1f} M of LoRA"
+
+    # memory: the teacher is bf16, all others are float32
+    like_the_student = 1 + (args.ema_decay > 0) + method.experts
+    weights = 2 * parameters + 4 * parameters + 4 * like_the_student * (parameters + lora)
+    block = sum(p.numel() for p in network.blocks[0].parameters())
+    tokens, blocks = math.prod(model.latent_shape[1:]) // math.prod(model.patch), len(network.blocks)
+    if args.gradient_checkpointing:  # the input of every block, and one block's own
+        activations = blocks * tokens * network.width * 2 + activations / blocks
+    memory = {
+        "weights": weights / gpus,
+        "gradients": 4 * updated / gpus,
+        "optimizer": 8 * updated / gpus,
+        "one unsharded block": 2 * 2 * block,
+        "activations": method.graphs * args.batch_size * activations,
+    }
+    total = sum(memory.values())
+
+    # work
+    samples = args.batch_size * args.grad_accum * gpus
+    step, rate = 0, RATE * gpus
+    for update, part in ((method.student_update, 1 / args.student_every), (method.fake_score_update, 1)):
+        forwards = update.student + update.fake_score + update.teacher
+        step += part * samples * flops * (forwards + (2 + args.gradient_checkpointing) * update.backwards)
+    hours = {
+        "teacher samples": teacher_forwards(script, args) * flops / rate / 3600,
+        f"all {args.steps:,} steps": args.steps * step / rate / 3600,
+    }
+
+    # verdict
+    fits = [f"{card} GB {'fits' if total <= FULL * card * GIB else 'does not fit'}" for card in CARDS]
+    recipe, planned = with_recipe(script.Args, script.RECIPES, teacher=args.teacher), recipe_gpus(args.teacher)
+    wanted = recipe.batch_size * recipe.grad_accum * planned
+    accum, rest = divmod(wanted, args.batch_size * gpus)
+
+    batch = f"{args.batch_size} x {args.grad_accum} accumulated x {gpus} GPU{'s' * (gpus > 1)}"
+    print(f"teacher             {model.name}: {parameters / 1e6:,.1f} M parameters, {copies}")
+    print(f"latents             {' x '.join(map(str, model.latent_shape))} (c f h w), {tokens:,} tokens")
+    print(f"batch               {batch} = {samples} samples a step")
+    if samples != wanted:
+        keeps = "" if rest else f"; --grad-accum {accum} makes it the same"
+        print(
+            f"  another batch     the recipe has {wanted} samples a step, on {planned} GPU{'s' * (planned > 1)}{keeps}"
+        )
+    print("memory per GPU      an estimate: float32 master weights and Adam, bf16 compute")
+    for name, size in [*memory.items(), ("total", total)]:
+        print(f"  {name:<20}{size / GIB:10.3f} GiB")
+    print(f"cards               {', '.join(fits)}, with {1 - FULL:.0%} left for what is not counted")
+    print(f"FLOPs per step      {step:.3g}, {step / gpus:.3g} per GPU; {flops:.3g} a forward of one sample")
+    print(f"time per step       {step / rate:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")
+    for name, time in hours.items():
+        refused = name == "teacher samples" and time > args.max_hours
+        if time:
+            print(f"  {name:<18}{time:.3g} hours{f', more than --max-hours {args.max_hours:g}' if refused else ''}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        asked = {"-h", "--help"} & set(sys.argv)
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    with one_line_errors():
+        name = sys.argv.pop(1).removesuffix(".py")
+        if name not in METHODS:
+            raise Fatal(f"unknown script {name!r}: use {', '.join(METHODS)}")
+        sys.argv[0] = f"{name}.py"  # whose flags these are, and whose run --resume means
+        named = import_module(name)
+        main(named, parse_args(args_of(named), named.RECIPES))
