@@ -60,6 +60,10 @@ class Model:
         kind = self.config.get("_class_name")
         if kind not in FAMILIES:
             raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
+        if (self.folder / "transformer_2").is_dir():
+            raise Fatal(
+                f"{self.folder} has two experts (transformer_2), as Wan2.2-A14B: families/ has none of that kind yet"
+            )
         self.family = FAMILIES[kind]
         self.text_length, self.text_dim = self.family.text_length(self.folder), self.config["text_dim"]
         vae = read_json(self.folder / "vae" / "config.json")

@@ -32,7 +32,7 @@ from harness.samples import teacher_samples
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
-    """What a number is stands in RECIPES: a row per teacher. A flag beats it."""
+    """Numbers without a default stand in RECIPES, a row per teacher. A flag beats both."""
 
     steps: Annotated[int, Ge(1)]
     """Training steps, divided evenly among the phases; one step updates the fake score once."""
@@ -186,7 +186,7 @@ def dmd_gradient(x0, x0_real, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
     grad = x0_fake - x0_real  # eq. 7
     weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # eq. 8
-    return torch.nan_to_num(grad / weight)
+    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
 
 
 def student_loss(x0, grad):

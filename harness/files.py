@@ -69,6 +69,15 @@ def make_folder(folder, hint="; see --runs-dir"):
         raise Fatal(f"cannot write the folder {folder}: {error.strerror}{hint}") from None
 
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def readable_by_all(path):
+    """Give a file the mode that the user's umask asks for: safetensors are written for their owner alone."""
+    os.chmod(path, 0o666 & ~UMASK)
+
+
 @contextmanager
 def written_aside(path):
     """Yield a hidden path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
@@ -79,6 +88,7 @@ def written_aside(path):
     aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")
     try:
         yield aside
+        readable_by_all(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -16,20 +16,19 @@ def load_run(folder):
     """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
     folder = Path(str(folder).removesuffix(":raw")).absolute()
     checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
-    run = folder.parent.parent if checkpoint == folder else folder
-    if checkpoint is None or not (run / "args.json").is_file():
+    if checkpoint is None or not (checkpoint / "args.json").is_file():
         raise Fatal(f"{folder} is not a run with a checkpoint")
-    record = read_json(run / "args.json")
+    record = read_json(checkpoint / "args.json")  # what it was trained with
     name = record.pop("script", None)
     rooms = {path.stem: "experiments." for path in ROOT.glob("experiments/*.py")}
     rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
     if name not in rooms:
-        raise Fatal(f'{run / "args.json"} is of no script that is here: its "script" is {name!r}')
+        raise Fatal(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
     script = import_module(rooms[name] + name)
     try:
         args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
     except TypeError as error:
-        raise Fatal(f"{run / 'args.json'} does not fit today's {name}.py: {error}") from None
+        raise Fatal(f"{checkpoint / 'args.json'} does not fit today's {name}.py: {error}") from None
     return script, args, checkpoint
 
 

@@ -8,6 +8,7 @@ from einops import rearrange
 
 import common
 from harness import media, metrics
+from harness.files import Fatal
 from tiny import measures
 
 
@@ -64,6 +65,8 @@ class Preview:
         """Write and log clips [p, s, 3, f, h, w]: of the data, of the teacher, or of the student at a step."""
         fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
         folder = self.run.folder / "previews" / (name if fixed else f"step_{step:07d}")
+        if not clips.isfinite().all():
+            raise Fatal(f"videos of the preview {folder.name} are not finite: something broke before it", code=1)
         scores = metrics.preview_metrics(clips)
         if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
             scores = {key: value for key, value in scores.items() if key not in ("diversity", "vendi")}

@@ -1,5 +1,6 @@
 """One run: its folder, logs, checkpoints, and the signals that stop it."""
 
+import fcntl
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from harness.checkpoints import (
     load_state,
     save_weights,
 )
-from harness.files import Fatal, make_folder, read_json
+from harness.files import Fatal, make_folder, read_json, readable_by_all
 from harness.flags import check_flags
 
 
@@ -47,7 +48,7 @@ class Run:
     def __init__(self, script, args):
         check_flags(args)
         self.script, self.signal, self.handlers = Path(script), 0, {}
-        self.writer, self.wandb, self.bar = None, None, None
+        self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.device, self.rank = common.init_distributed(), dist.get_rank()
         self.cache = Path(args.runs_dir) / "cache"
         self.init, self.checkpoint, self.step = None, None, 0
@@ -92,10 +93,11 @@ class Run:
         elif self.init:
             load_init(self.init, networks)
         resumed = bool(self.checkpoint) and self.folder == self.checkpoint.parents[1]
-        if not resumed:
-            names = [unused_folder(self.folder) if self.rank == 0 else None]
-            dist.broadcast_object_list(names)
-            self.folder = names[0]
+        found = [self.open_folder(resumed) if self.rank == 0 else None]
+        dist.broadcast_object_list(found)
+        if not found[0]:
+            raise Fatal(f"another process trains in {self.folder}: wait until it has ended")
+        self.folder = found[0]
         if self.rank == 0:
             for part in ("checkpoints", "previews"):
                 make_folder(self.folder / part)
@@ -103,7 +105,23 @@ class Run:
                 shutil.rmtree(leftover)
             self.describe(resumed)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        signals = (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGHUP,
+            signal.SIGUSR1,
+        )  # the last two of terminals and clusters
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in signals}
+
+    def open_folder(self, resumed):
+        """The run's folder, which no other process may train in while this one lives; None if one does."""
+        folder = self.folder if resumed else unused_folder(self.folder)
+        self.lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+        return folder
 
     def describe(self, resumed):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
@@ -114,7 +132,8 @@ class Run:
                 print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
         if self.checkpoint and not resumed:
             print(f"{self.checkpoint} is not the last of its run: going on from it in a new one, {self.folder}")
-        record.write_text(json.dumps(self.args, indent=2) + "\n")
+        if self.step < self.args["steps"]:  # a finished run stays what it was trained with
+            record.write_text(json.dumps(self.args, indent=2) + "\n")
         (self.folder / "revision.txt").write_text(git_revision())
         shutil.copy(self.script, self.folder)
         if self.track:
@@ -156,6 +175,9 @@ class Run:
             for i, network in enumerate(students):
                 save_weights(network, aside / "student" / f"transformer{f'_{i + 1}' if i else ''}")
             if self.rank == 0:
+                (aside / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
+                for path in aside.rglob("*.safetensors"):
+                    readable_by_all(path)
                 files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
                 record = {"step": step, "world_size": dist.get_world_size(), "files": files}
                 (aside / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -217,6 +239,8 @@ class Run:
                 log.close()
         if self.wandb:
             self.wandb.finish()
+        if self.lock:
+            self.lock.close()
 
 
 def unused_folder(folder):

@@ -112,8 +112,8 @@ def test_one_table_has_one_teacher(tmp_path, fails):
     moved = tmp_path / "moved" / Path(runs[0]).name  # from a machine with other folders
     moved.parent.mkdir()
     Path(runs[0]).rename(moved)
-    record = json.loads((moved / "args.json").read_text()) | {"runs_dir": "/proc/nowhere"}
-    (moved / "args.json").write_text(json.dumps(record))
+    path = moved / "checkpoints" / "step_0000001" / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runs_dir": "/proc/nowhere"}))
     runs = (str(moved), *runs[1:])
     evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
     table = (tmp_path / "out" / "table.md").read_text()
@@ -146,9 +146,10 @@ def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
     assert load_run(f"{checkpoint}:raw") == (script, args, checkpoint)
     evidence.main(evidence.Args(runs=(str(run),), seeds=1, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
     assert "| dmd2.py, 1 steps, batch_size 2, gan_weight 0.0 | 1 |" in (tmp_path / "out" / "table.md").read_text()
-    record = json.loads((run / "args.json").read_text())
+    path = run / "checkpoints" / "step_0000001" / "args.json"
+    record = json.loads(path.read_text())
     for changed, words in (({"script": "os"}, "no script that is here"), ({"cfg": 1}, "does not fit today's dmd2.py")):
-        (run / "args.json").write_text(json.dumps(record | changed))
+        path.write_text(json.dumps(record | changed))
         fails(lambda: load_run(run), words)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common
 import dmd
 import dmd2
+import families
+from families import PRESETS
 from harness.checkpoints import check_checkpoint
-from harness.files import read_prompts
+from harness.files import UMASK, read_prompts
+from harness.finished import load_run
 from harness.flags import parse_args, with_recipe
 from harness.run import Run, unused_folder
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
@@ -383,6 +387,41 @@ def test_broken_teachers(tmp_path, fails, copied_teacher, part, damage, words):
     assert not list(tmp_path.glob("runs/dmd__*")) and not list(tmp_path.glob("runs/cache/pairs*"))
 
 
+def test_a_teacher_with_two_experts_is_refused(tmp_path, fails, copied_teacher):
+    """Else it would train in silence against the high-noise expert alone."""
+    shutil.copytree(copied_teacher / "transformer", copied_teacher / "transformer_2")
+    args = small_args(teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"))
+    fails(lambda: dmd.main(args), "two experts", "Wan2.2-A14B")
+
+
+def test_a_teacher_needs_no_scheduler(tmp_path, copied_teacher):
+    """The Hub's snapshot is asked for five parts only."""
+    shutil.rmtree(copied_teacher / "scheduler")
+    dmd.main(small_args(teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"), steps=1))
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"tiny"}))
+def test_named_teachers_are_downloaded_as_asked_for(tmp_path, monkeypatch, name):
+    """A stand-in for the Hub's client that gives exactly the requested patterns."""
+
+    def snapshot_download(repository, allow_patterns):
+        assert repository == PRESETS[name][0]
+        for path in TEACHER.rglob("*"):
+            part = path.relative_to(TEACHER)
+            if path.is_file() and any(part.match(pattern) for pattern in allow_patterns):
+                (tmp_path / "hub" / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "hub" / part)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(families, "snapshot_download", snapshot_download)
+    args = small_args(teacher=name, runs_dir=str(tmp_path / "runs"), frames=9, height=32, width=32)
+    args = replace(args, steps=1, batch_size=2, num_samples=2, pair_steps=1, grad_accum=1)
+    dmd.main(args)
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == [
+        "model_index.json", "text_encoder", "tokenizer", "transformer", "vae",
+    ]  # fmt: skip
+
+
 def test_a_copy_of_the_tiny_teacher_is_one(tmp_path, copied_teacher):
     """Same recipe, same world: a teacher that was trained again is distilled by --teacher alone."""
     args = small_args(teacher=str(copied_teacher), runs_dir=tmp_path, steps=1)
@@ -442,6 +481,57 @@ def test_resuming_an_earlier_checkpoint_makes_a_run_of_its_own(tmp_path, capsys)
     assert same(*ends)
     dmd.main(small_args(runs_dir=tmp_path, steps=4, resume=str(other)))  # and goes on as any run
     assert (other / "checkpoints" / "step_0000004").is_dir()
+
+
+def test_a_finished_run_stays_what_it_was_trained_with(tmp_path):
+    """Resumed with another flag it has nothing to train; its evaluation must not see that flag."""
+    dmd.main(small_args(runs_dir=tmp_path, steps=2))
+    run = only_run(tmp_path)
+    before = (run / "args.json").read_text()
+    dmd.main(small_args(runs_dir=tmp_path, steps=2, guidance_scale=9.0, resume=str(run)))
+    assert (run / "args.json").read_text() == before
+    dmd.main(small_args(runs_dir=tmp_path, steps=3, guidance_scale=9.0, resume=str(run)))
+    (first, last) = ((run / "checkpoints" / f"step_000000{n}") for n in (2, 3))
+    assert load_run(run)[1].guidance_scale == load_run(last)[1].guidance_scale == 9.0
+    assert load_run(first)[1].guidance_scale == 2.0, "every checkpoint knows what it was trained with"
+
+
+def test_two_processes_do_not_train_into_one_run(tmp_path, fails):
+    running = popen(runs_dir=tmp_path, steps=1000, save_every=2)
+    while not list(tmp_path.glob("dmd__*/checkpoints/step_*[0-9]")) and running.poll() is None:
+        time.sleep(0.05)
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, steps=1000, resume="latest")), "another process trains")
+    running.kill()
+    running.communicate()
+    run = Run(dmd.__file__, small_args(runs_dir=tmp_path, steps=1000, resume="latest"))
+    assert run.open_folder(resumed=True) == only_run(tmp_path), "a killed process holds nothing"
+    run.close()
+
+
+def test_files_have_the_modes_that_umask_asks_for(tmp_path):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1))
+    files = [path for path in tmp_path.rglob("*.safetensors")]
+    assert len(files) > 3 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_cluster_s_warning_save_too(tmp_path, number):
+    run = Run(dmd.__file__, small_args(runs_dir=tmp_path))
+    run.restore({}, {})
+    os.kill(os.getpid(), number)
+    assert run.stop_signal() == number
+    run.close()
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_teacher_that_gives_nan_does_not_train_in_silence(tmp_path, fails, copied_teacher):
+    """Only 0 / 0 of the normaliser is hidden."""
+    weights = load_file(copied_teacher / WEIGHTS)
+    weights["proj_out.bias"] = torch.full_like(weights["proj_out.bias"], float("nan"))
+    save_file(weights, copied_teacher / WEIGHTS)
+    flags = {"teacher": str(copied_teacher), "runs_dir": str(tmp_path / "runs"), "gan_weight": 0.0}
+    fails(lambda: dmd2.main(small_args(dmd2, **flags)), "loss/student is nan at step 0", code=1)
+    fails(lambda: dmd2.main(small_args(dmd2, preview_every=1, **flags)), "preview teacher are not finite", code=1)
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
