@@ -375,7 +375,10 @@ def load_data(model, prompts, data, cache, device, seed):
     neither, a real teacher gets the prompts that ship with the repository.
     """
     if data:
-        return Shards(data, model, device, seed, keys=("latents",))
+        shards = Shards(data, model, device, seed, keys=("latents",))
+        if f"{shards.rows[0][1]}.noise" in shards.rows[0][0].keys() and dist.get_rank() == 0:
+            print(f"the clips in {data} are samples of a teacher (pairs), not real ones")
+        return shards
     if model.world and not prompts:
         return TinyWorld(model, cache, device, seed)
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")

@@ -67,6 +67,10 @@ def teacher_folder(teacher):
         files = sorted((folder / part).glob("*.safetensors"))
         if not files and part != "tokenizer":
             raise Fatal(f"{folder / part} holds no *.safetensors: not a complete copy, download it again")
+        if any(".fp16." in file.name for file in files):
+            raise Fatal(
+                f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files alone"
+            )
         for file in files:  # each is as long as its header says
             with readable(file), safe_open(file, framework="pt"):
                 pass

@@ -45,9 +45,14 @@ def check_checkpoint(path):
     return record
 
 
-def runs_of(runs_dir, script, teacher, seed="*"):
-    """Folders of the runs of a script, teacher and seed."""
-    return sorted(Path(runs_dir).glob(f"{script}__{Path(teacher).name}__{seed}__*"))
+def run_name(script, teacher, seed=None):
+    """How the folders of a script's runs on a teacher begin, those of one seed or of all."""
+    return f"{script}__{Path(teacher).name[:100]}__" + (f"{seed}__" if seed is not None else "")
+
+
+def runs_of(runs_dir, *which):
+    """Folders of the runs that `run_name` describes."""
+    return sorted(path for path in Path(runs_dir).glob("*") if path.name.startswith(run_name(*which)))
 
 
 def find_checkpoint(runs_dir, script, teacher, seed, resume):
@@ -55,7 +60,7 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
     if resume == "latest":
         found = [c for run in runs_of(runs_dir, script, teacher, seed) if (c := latest_checkpoint(run))]
         if not found:
-            where = f"{runs_dir}/{script}__{Path(teacher).name}__{seed}__*"
+            where = f"{runs_dir}/{run_name(script, teacher, seed)}*"
             raise Fatal(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(resume).absolute()
@@ -128,7 +133,7 @@ def load_init(path, networks):
     if (path / "checkpoint.json").is_file():
         check_checkpoint(path)
         found = load_networks(path, networks)
-    elif (path / "transformer").is_dir() or (path / "diffusion_pytorch_model.safetensors").is_file():
+    elif (path / "transformer").is_dir() or any(path.glob("*.safetensors")):
         found = {"student"}
         common.put_weights(networks["student"], path / "transformer" if (path / "transformer").is_dir() else path)
     else:

@@ -44,6 +44,8 @@ def read_prompts(path):
         raise Fatal(f"cannot read the prompts in {path}: {reason}") from None
     if not prompts:
         raise Fatal(f"{path} holds no prompts: write one per line")
+    if "\0" in text:
+        raise Fatal(f"{path} is no text file: it holds NUL characters")
     if "" in prompts:
         raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
     return prompts
@@ -90,6 +92,8 @@ def written_aside(path):
         yield aside
         readable_by_all(aside)
         os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise Fatal(f"cannot write {path}: {(str(error).strip() or repr(error)).splitlines()[-1]}", 1, True) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -100,5 +104,6 @@ def hashed(*key):
 
 
 def stamps(paths):
-    """(name, size, time) of files, for `hashed`: something that changes when they do, without reading them."""
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    """(name, size, hash of the first MiB) of files, for `hashed`: the same on every machine that has the same files."""
+    first = lambda path: hashlib.blake2b(open(path, "rb").read(1 << 20), digest_size=8).hexdigest()
+    return [(path.name, path.stat().st_size, first(path)) for path in paths]

@@ -53,7 +53,9 @@ def noise_levels(script, args):
 
 def student_folders(script, args, checkpoint):
     """Folders of the students that a checkpoint exports, in their order: transformer, transformer_2, …"""
-    folders = sorted((checkpoint / "student").iterdir(), key=lambda path: int(path.name.partition("_")[2] or 1))
+    folders = sorted(
+        (checkpoint / "student").glob("transformer*"), key=lambda path: int(path.name.partition("_")[2] or 1)
+    )
     needed = len(noise_levels(script, args))
     if len(folders) < needed:
         raise Fatal(f"{checkpoint}: {len(folders)} of {needed} phases are trained; finish the run")

@@ -29,6 +29,7 @@ from harness.checkpoints import (
     latest_checkpoint,
     load_init,
     load_state,
+    run_name,
     save_weights,
 )
 from harness.files import Fatal, make_folder, read_json, readable_by_all
@@ -51,18 +52,19 @@ class Run:
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.device, self.rank = common.init_distributed(), dist.get_rank()
         self.cache = Path(args.runs_dir) / "cache"
-        self.init, self.checkpoint, self.step = None, None, 0
+        self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         if args.resume:
             where = (args.runs_dir, self.script.stem, args.teacher, args.seed)
             self.checkpoint = find_checkpoint(*where, args.resume)
-            self.step = check_checkpoint(self.checkpoint)["step"]
+            record = check_checkpoint(self.checkpoint)
+            self.step, self.world = record["step"], record["world_size"]
             self.check_resumed(args)
         elif args.init:
             self.init = find_init(args.runs_dir, args.teacher, args.init)
             args = replace(args, init=str(self.init))
         self.keep, self.track, self.max_hours = args.keep, args.track, args.max_hours
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
-        new = f"{self.script.stem}__{Path(args.teacher).name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        new = run_name(self.script.stem, args.teacher, args.seed) + time.strftime("%Y%m%d-%H%M%S")
         self.folder = Path(args.runs_dir) / new
         if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
             self.folder = self.checkpoint.parents[1]
@@ -130,6 +132,10 @@ class Run:
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
                 print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
+        old = before["batch_size"] * before["grad_accum"] * self.world
+        new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
+        if old != new:
+            print(f"{new} samples per update, there were {old}: the run goes on, but not exactly as it would have")
         if self.checkpoint and not resumed:
             print(f"{self.checkpoint} is not the last of its run: going on from it in a new one, {self.folder}")
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
+import dfd
 import dmd
 import dmd2
 import families
 from families import PRESETS
 from harness.checkpoints import check_checkpoint
-from harness.files import UMASK, read_prompts
+from harness.files import UMASK, read_prompts, stamps, written_aside
 from harness.finished import load_run
 from harness.flags import parse_args, with_recipe
 from harness.run import Run, unused_folder
@@ -280,7 +281,12 @@ def test_bad_flags(tmp_path, fails, flags, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", ["no prompts"]), ("a red circle\n\na blue square\n", ["line 2", "empty"]), (b"\xff\xfe", ["cannot read"])],
+    [
+        ("", ["no prompts"]),
+        ("a red circle\n\na blue square\n", ["line 2", "empty"]),
+        (b"\xff\xfe", ["cannot read"]),
+        (b"a \0 circle", ["NUL"]),
+    ],
 )
 def test_bad_prompt_files(tmp_path, fails, text, words):
     path = tmp_path / "prompts.txt"
@@ -372,12 +378,15 @@ def copied_teacher(tmp_path):
         ("text_encoder/config.json", "gone", ["teacher", "config.json"]),
         ("tokenizer/tokenizer.json", "gone", ["cannot read", "teacher"]),
         ("vae", "gone", ["no vae/ folder"]),
+        ("transformer/diffusion_pytorch_model.fp16.safetensors", "extra", ["fp16 variant"]),
     ],
 )
 def test_broken_teachers(tmp_path, fails, copied_teacher, part, damage, words):
     path = copied_teacher / part
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "extra":
+        shutil.copy(copied_teacher / WEIGHTS, path)
     elif path.is_dir():
         shutil.rmtree(path)
     else:
@@ -481,6 +490,58 @@ def test_resuming_an_earlier_checkpoint_makes_a_run_of_its_own(tmp_path, capsys)
     assert same(*ends)
     dmd.main(small_args(runs_dir=tmp_path, steps=4, resume=str(other)))  # and goes on as any run
     assert (other / "checkpoints" / "step_0000004").is_dir()
+
+
+def test_another_global_batch_is_said(tmp_path, capsys):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1, batch_size=4))
+    dmd.main(small_args(runs_dir=tmp_path, steps=2, batch_size=2, grad_accum=2, resume="latest"))
+    assert "not exactly" not in capsys.readouterr().out
+    dmd.main(small_args(runs_dir=tmp_path, steps=3, batch_size=2, grad_accum=1, resume="latest"))
+    out = capsys.readouterr().out
+    assert "2 samples per update, there were 4" in out and "resuming with --grad-accum 1, it was 2" in out
+
+
+def test_names_of_teachers_that_are_patterns_or_long(tmp_path, copied_teacher):
+    for name in ("wan[v2]", "w" * 200):
+        teacher = copied_teacher.rename(tmp_path / name)
+        flags = {"teacher": str(teacher), "runs_dir": str(tmp_path / "runs"), "gan_weight": 0.0}
+        dmd2.main(small_args(dmd2, steps=1, **flags))
+        dmd2.main(small_args(dmd2, steps=2, resume="latest", **flags))
+        dfd.main(small_args(dfd, steps=1, init="dmd2", **flags))
+        copied_teacher = teacher
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, fails):
+    def full():
+        with written_aside(tmp_path / "shard.safetensors") as aside:
+            aside.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    fails(full, "cannot write", "shard.safetensors", "No space left", code=1)
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_a_sharded_transformer_is_a_student(tmp_path):
+    """Every export of a 14B model is sharded."""
+    WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer").save_pretrained(
+        tmp_path / "student" / "transformer", max_shard_size="500KB"
+    )
+    assert len(list((tmp_path / "student" / "transformer").glob("*.safetensors"))) > 1
+    still = {"steps": 1, "lr": 0.0, "weight_decay": 0.0, "gan_weight": 0.0}
+    for i, folder in enumerate((tmp_path / "student", tmp_path / "student" / "transformer")):
+        runs = tmp_path / str(i)
+        dmd2.main(small_args(dmd2, runs_dir=runs, init=str(folder), **still))
+        assert same(student_weights(runs, 1, dmd2), teacher_weights())
+
+
+def test_caches_are_found_by_contents(tmp_path):
+    """Not by times: another machine that downloaded the same teacher finds the same cache."""
+    (tmp_path / "a").write_bytes(b"1" * 10)
+    before = stamps([tmp_path / "a"])
+    os.utime(tmp_path / "a", (1, 1))
+    assert stamps([tmp_path / "a"]) == before
+    (tmp_path / "a").write_bytes(b"2" * 10)
+    assert stamps([tmp_path / "a"]) != before
 
 
 def test_a_finished_run_stays_what_it_was_trained_with(tmp_path):
