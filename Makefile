@@ -4,6 +4,7 @@
 # The first two make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.
 PYTHON ?= python3.11
 BIN = .venv/bin
+export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test format vbench-env
 

@@ -9,6 +9,8 @@ each other: the teacher's and the fake score's similarity matrices say in which 
 Notes, healthy curves and results: docs/codmd.md. A diff of dmd2.py: docs/diffs/dmd2-codmd.md.
 """
 
+from harness.flags import RunArgs, launch
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from torch import nn
 
 import common
 from harness.files import Fatal
-from harness.flags import RunArgs, launch
 from harness.preview import Preview
 from harness.run import Run
 from harness.samples import teacher_samples

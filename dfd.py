@@ -10,6 +10,8 @@ long, it loses diversity (docs/dfd.md derives why).
 Notes, healthy curves and results: docs/dfd.md. A diff of dmd2.py: docs/diffs/dmd2-dfd.md.
 """
 
+from harness.flags import RunArgs, launch
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from torch import nn
 
 import common
 from harness.files import Fatal
-from harness.flags import RunArgs, launch
 from harness.preview import Preview
 from harness.run import Run
 from harness.samples import teacher_samples

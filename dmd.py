@@ -10,6 +10,8 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
 Notes, healthy curves and results: docs/dmd.md. The base file: dmd2.py is a diff of it, the other scripts of dmd2.py.
 """
 
+from harness.flags import RunArgs, launch
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from annotated_types import Ge, Le
 from einops import rearrange, reduce
 
 import common
-from harness.flags import RunArgs, launch
 from harness.preview import Preview
 from harness.run import Run
 from harness.samples import teacher_samples

@@ -9,6 +9,8 @@ its features, which sees real videos, can correct the teacher; the student takes
 Notes, healthy curves and results: docs/dmd2.md. A diff of dmd.py: docs/diffs/dmd-dmd2.md.
 """
 
+from harness.flags import RunArgs, launch
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from torch import nn
 
 import common
 from harness.files import Fatal
-from harness.flags import RunArgs, launch
 from harness.preview import Preview
 from harness.run import Run
 from harness.samples import teacher_samples

@@ -11,6 +11,8 @@ docs/eval_vbench.md. What the steps are made of is in evaluation/: folder.py (fi
 sampling.py, proxies.py (metrics that are ours), vbench.py (what VBench fixes, and its scorer), report.py, ledger.py.
 """
 
+from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe
+
 import json
 import os
 from dataclasses import dataclass, replace
@@ -44,7 +46,6 @@ from evaluation.sampling import Noise, Source, configuration, sampler
 from harness.checkpoints import check_checkpoint
 from harness.files import Fatal, make_folder, read_json
 from harness.finished import load_run, student_folders
-from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe
 from harness.media import contact_sheet, write_mp4
 from harness.run import git_revision
 from tiny import world as tiny

@@ -10,6 +10,8 @@ from it. Finished experts are frozen, and the next one begins at the teacher. No
 Notes, healthy curves and results: docs/phased_dmd.md. A diff of dmd2.py: docs/diffs/dmd2-phased_dmd.md.
 """
 
+from harness.flags import RunArgs, launch
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from torch import nn
 
 import common
 from harness.files import Fatal
-from harness.flags import RunArgs, launch
 from harness.preview import Preview
 from harness.run import Run
 from harness.samples import teacher_samples

@@ -1,5 +1,7 @@
 """How the videos of an evaluation are sampled: from a run's student or a teacher, and all that decides their pixels."""
 
+from harness.flags import RunArgs, recipe_name
+
 import hashlib
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,6 @@ import torch
 import common
 import dmd2
 from harness.finished import noise_levels, students_of
-from harness.flags import RunArgs, recipe_name
 from harness.media import h264_options
 
 

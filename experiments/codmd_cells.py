@@ -15,9 +15,10 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
+from harness.flags import launch  # noqa: E402
+
 import codmd  # noqa: E402
 from codmd import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
-from harness.flags import launch  # noqa: E402
 
 
 def cells(x):

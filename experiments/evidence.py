@@ -23,12 +23,13 @@ from einops import rearrange, reduce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
+from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe  # noqa: E402
+
 import codmd  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
 from harness.files import Fatal, make_folder, read_json  # noqa: E402
 from harness.finished import load_run, students_of  # noqa: E402
-from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe  # noqa: E402
 from harness.media import contact_sheet  # noqa: E402
 from harness.metrics import preview_metrics  # noqa: E402
 from tiny import measures  # noqa: E402

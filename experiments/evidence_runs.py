@@ -24,8 +24,9 @@ from annotated_types import Ge
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `python experiments/evidence_runs.py` finds the harness
 
-from harness.files import Fatal, read_json  # noqa: E402
 from harness.flags import check_flags, one_line_errors  # noqa: E402
+
+from harness.files import Fatal, read_json  # noqa: E402
 
 DFD = 50  # steps of a DFD run
 # name: (script, flags, name of the run to start from); each is a row of the table

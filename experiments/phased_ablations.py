@@ -15,8 +15,9 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
-import phased_dmd  # noqa: E402
 from harness.flags import launch  # noqa: E402
+
+import phased_dmd  # noqa: E402
 from phased_dmd import RECIPES, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
 
 flow_loss, sample_sigma, rollout, student_loss = (

@@ -15,10 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
+from harness.flags import launch  # noqa: E402
+
 import dmd2  # noqa: E402
 from dmd2 import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
 from harness.files import Fatal  # noqa: E402
-from harness.flags import launch  # noqa: E402
 
 
 def rollout(student, rng, cond, shape, sigmas):

@@ -1,5 +1,7 @@
 """One run: its folder, logs, checkpoints, and the signals that stop it."""
 
+from harness.flags import check_flags
+
 import fcntl
 import json
 import math
@@ -33,7 +35,6 @@ from harness.checkpoints import (
     save_weights,
 )
 from harness.files import Fatal, make_folder, read_json, readable_by_all
-from harness.flags import check_flags
 
 
 class Run:

@@ -1,5 +1,7 @@
 """Short real runs on the tiny teacher, in this process or under torchrun."""
 
+from harness.flags import with_recipe
+
 import os
 import signal
 import subprocess
@@ -14,7 +16,6 @@ import common
 import dfd
 import dmd
 from harness.files import Fatal
-from harness.flags import with_recipe
 from harness.run import Run
 
 # sums in another order are other bits: one thread, here and in what the tests start

@@ -3,6 +3,8 @@
 The teacher here is a small random Wan, so no part of it is taken for the tiny world; only its size is passed.
 """
 
+from harness.flags import with_recipe
+
 import shutil
 
 import pytest
@@ -15,7 +17,6 @@ import dmd
 import dmd2
 import phased_dmd
 from families import PRESETS
-from harness.flags import with_recipe
 from tests.conftest import only_run
 
 # what makes a run of Wan's recipe small, and nothing else

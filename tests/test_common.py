@@ -1,5 +1,7 @@
 """common.py's data: random draws, shards, prompts."""
 
+from harness.flags import one_line_errors
+
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,6 @@ import torch
 import common
 import dmd
 from harness.files import Fatal, hashed, written_aside
-from harness.flags import one_line_errors
 from harness.samples import teacher_samples
 from tests.test_runs import make_shard
 

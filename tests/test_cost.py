@@ -1,5 +1,7 @@
 """tools/cost.py: its table against real steps, its parameters, FLOPs and activations against counts by hand."""
 
+from harness.flags import parse_args, with_recipe
+
 import re
 import sys
 from collections import Counter
@@ -14,7 +16,6 @@ import dmd
 import dmd2
 import phased_dmd
 from families.wan import Wan
-from harness.flags import parse_args, with_recipe
 from tests.conftest import small_args
 from tools import cost
 

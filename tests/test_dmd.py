@@ -1,5 +1,7 @@
 """The mathematics of dmd.py, against answers that are known exactly."""
 
+from harness.flags import with_recipe
+
 import math
 
 import pytest
@@ -7,7 +9,6 @@ import torch
 
 import dmd
 from families import PRESETS
-from harness.flags import with_recipe
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
 
 

@@ -1,5 +1,7 @@
 """experiments/: the figures of clips that are known, a small table, the controls, and which runs can be sampled."""
 
+from harness.flags import check_flags, with_recipe
+
 import fcntl
 import importlib
 import json
@@ -22,7 +24,6 @@ import phased_dmd
 from experiments import evidence, evidence_runs, finetune, vanilla
 from families import PRESETS
 from harness.finished import load_run, noise_levels, students_of
-from harness.flags import check_flags, with_recipe
 from harness.run import Run
 from tests.conftest import ROOT, only_run, same, small_args, stopped, student_weights
 from tests.exact import COND, ScaleShift, draws

@@ -1,5 +1,7 @@
 """Whole runs of dmd.py on the tiny teacher: resume, ranks, bad input, what they leave on disk."""
 
+from harness.flags import parse_args, with_recipe
+
 import errno
 import json
 import os
@@ -27,7 +29,6 @@ from families import PRESETS
 from harness.checkpoints import check_checkpoint
 from harness.files import UMASK, read_prompts, stamps, written_aside
 from harness.finished import load_run
-from harness.flags import parse_args, with_recipe
 from harness.run import Run, unused_folder
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 

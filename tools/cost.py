@@ -27,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/cost.py` finds the scripts
 
+from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
+
 import common  # noqa: E402
 from families import FAMILIES, PRESETS  # noqa: E402
 from harness.files import Fatal  # noqa: E402
-from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
 
 
 class Update(NamedTuple):
