@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
 from families import FAMILIES, PRESETS, teacher_folder
+from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
 from harness.files import Fatal, hashed, make_folder, read_json, read_prompts, readable, stamps, written_aside
 from tiny import world as tiny
 
@@ -60,10 +61,6 @@ class Model:
         kind = self.config.get("_class_name")
         if kind not in FAMILIES:
             raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
-        if (self.folder / "transformer_2").is_dir():
-            raise Fatal(
-                f"{self.folder} has two experts (transformer_2), as Wan2.2-A14B: families/ has none of that kind yet"
-            )
         self.family = FAMILIES[kind]
         self.text_length, self.text_dim = self.family.text_length(self.folder), self.config["text_dim"]
         vae = read_json(self.folder / "vae" / "config.json")
@@ -117,28 +114,6 @@ class Model:
         with readable(self.folder / "vae"):
             vae = self.family.vae_class.from_pretrained(self.folder / "vae", dtype=dtype)
         return vae.to(device).requires_grad_(False)
-
-
-def latent_statistics(vae):
-    """Mean and standard deviation of each channel of a VAE's latents, [c, 1, 1, 1]."""
-    config = vae.config
-    return (torch.tensor(x, device=vae.device).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
-
-
-@torch.no_grad()
-def encode(vae, video):
-    """Video [b, 3, f, h, w] in [0, 1] -> normalised latents [b, c, f', h', w'], float32 (the posterior's mode)."""
-    latents = vae.encode((2 * video - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-    mean, std = latent_statistics(vae)
-    return (latents.float() - mean) / std
-
-
-@torch.no_grad()
-def decode(vae, latents):
-    """Normalised latents [b, c, f', h', w'] -> video [b, 3, f, h, w] in [0, 1], float32, one sample at a time."""
-    mean, std = latent_statistics(vae)
-    parts = [vae.decode(x.to(vae.dtype), return_dict=False)[0] for x in (latents * std + mean).split(1)]
-    return (torch.cat(parts).float() + 1) / 2
 
 
 def put_weights(network, folder):

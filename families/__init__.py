@@ -19,7 +19,7 @@ And of the class itself
     text_length(folder)              tokens that every prompt is padded to
     text_encoder(folder, device)     a function: list of prompts -> list of embeddings [tokens, d]
 
-Latents are normalised with the VAE's latents_mean and latents_std (common.py), which all families have.
+Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 
 `wan.py` is the file to copy. To add a family: write its file, name its class in FAMILIES beside the `_class_name` that
 its transformer's config.json has, and test it against the stock pipeline as tests/test_runs.py does. No script changes.
@@ -61,6 +61,8 @@ def teacher_folder(teacher):
     folder = Path(folder)
     if not folder.is_dir():
         raise Fatal(f"unknown teacher {teacher!r}: use {', '.join(PRESETS)}, or a folder in the diffusers layout")
+    if (folder / "transformer_2").is_dir():
+        raise Fatal(f"{folder} has two experts (transformer_2), as Wan2.2-A14B: no family here has two yet")
     for part in parts:
         if not (folder / part).is_dir():
             raise Fatal(f"{folder} has no {part}/ folder: not a complete copy in the diffusers layout")

@@ -52,11 +52,10 @@ class Preview:
         """The same figures for the data: clips of the same prompts, where there are any."""
         if dist.get_rank() or not self.data.has_clips:
             return
-        if self.model.world:
+        if isinstance(self.data, common.TinyWorld):
             numbers = range(10**9, 10**9 + self.total)  # never trained on
-            clips = self.model.world.batch(
-                self.data.seed, numbers, [x for x in self.labels for _ in range(self.seeds)]
-            )[0]
+            captions = [label for label in self.labels for _ in range(self.seeds)]
+            clips = self.model.world.batch(self.data.seed, numbers, captions)[0]
         else:
             clips = self.decode(self.data.latents_of(range(len(self.labels))))
         self.score("data", rearrange(clips, "(p s) c f h w -> p s c f h w", p=len(self.labels)))

@@ -108,12 +108,8 @@ class Run:
                 shutil.rmtree(leftover)
             self.describe(resumed)
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
-        signals = (
-            signal.SIGTERM,
-            signal.SIGINT,
-            signal.SIGHUP,
-            signal.SIGUSR1,
-        )  # the last two of terminals and clusters
+        # SIGHUP is a closed terminal's, SIGUSR1 a cluster's warning
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals}
 
     def open_folder(self, resumed):

@@ -663,3 +663,7 @@ def test_own_prompts_on_the_tiny_teacher(tmp_path):
     dmd.main(small_args(runs_dir=tmp_path, prompts=str(tmp_path / "prompts.txt"), steps=1, preview_every=1))
     table = (only_run(tmp_path) / "previews" / "table.md").read_text()
     assert "diversity" in table and "right" not in table
+    flags = {"prompts": str(tmp_path / "prompts.txt"), "num_samples": 2, "steps": 1, "preview_every": 1}
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags))  # its clips are the teacher's, and so are the preview's
+    table = (only_run(tmp_path, dmd2) / "previews" / "table.md").read_text()
+    assert table.startswith("| | data | teacher | step_0000001 |") and "right" not in table
