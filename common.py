@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +24,17 @@ from torch.distributed.nn.functional import all_gather
 
 from families import FAMILIES, PRESETS, teacher_folder
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
-from harness.files import Fatal, hashed, make_folder, read_json, read_prompts, readable, stamps, written_aside
+from harness.files import (
+    Fatal,
+    hashed,
+    make_folder,
+    opened,
+    read_json,
+    read_prompts,
+    readable,
+    stamps,
+    write_shard,
+)
 from tiny import world as tiny
 
 # no script writes in place into a network's output, which is what this warns of
@@ -58,7 +67,8 @@ class Model:
     def __init__(self, teacher, frames, height, width):
         self.name, self.folder = teacher, teacher_folder(teacher)
         self.config = read_json(self.folder / "transformer" / "config.json")
-        kind = self.config.get("_class_name")
+        index = read_json(self.folder / "model_index.json")
+        kind = f"{index.get('_class_name')}{', a timestep per token' if index.get('expand_timesteps') else ''}"
         if kind not in FAMILIES:
             raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
         self.family = FAMILIES[kind]
@@ -259,7 +269,7 @@ class Shards(Samples):
     Headers are read and checked at once, samples only when they are asked for.
     """
 
-    def __init__(self, folder, model, device, seed=0, keys=()):
+    def __init__(self, folder, model, device, seed=0, keys=(), settings=None):
         self.model, self.device, self.seed, self.has_clips = model, device, seed, "latents" in keys
         self.rows, self.prompts, self.epoch = [], [], None
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
@@ -267,9 +277,10 @@ class Shards(Samples):
             raise Fatal(f"no *.safetensors shards in {folder}")
         for path in paths:
             try:
-                file = safe_open(path, framework="pt")
+                file = opened(path)
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
                 prompts = json.loads(file.metadata()["prompts"])
+                made_with = json.loads(file.metadata().get("settings", "null"))
                 if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
                     raise ValueError("its prompts are no list")
             except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
@@ -282,8 +293,12 @@ class Shards(Samples):
                     raise Fatal(
                         f"shard {path}: {name} is {shape or 'missing'}, expected {wanted} for this teacher and size"
                     )
+            if settings and made_with and made_with != list(settings):
+                raise Fatal(
+                    f"{folder} was made with {made_with}, this run has {list(settings)} (guidance, shift, steps)"
+                )
             self.prompts += prompts
-            self.rows += [(file, i) for i in range(len(prompts))]
+            self.rows += [(path, i) for i in range(len(prompts))]
         if not self.rows:
             raise Fatal(f"the shards in {folder} hold no samples")
 
@@ -300,8 +315,8 @@ class Shards(Samples):
 
     def cond_of(self, rows):
         text = torch.zeros(len(rows), self.model.text_length, self.model.text_dim)
-        for out, (file, i) in zip(text, (self.rows[row] for row in rows), strict=True):
-            tokens = file.get_tensor(f"{i}.text")[: len(out)]
+        for out, (path, i) in zip(text, (self.rows[row] for row in rows), strict=True):
+            tokens = opened(path).get_tensor(f"{i}.text")[: len(out)]
             out[: len(tokens)] = tokens
         return {"text": text.to(self.device)}
 
@@ -310,17 +325,8 @@ class Shards(Samples):
         return self.latents_of([self.row(number) for number in numbers], key)
 
     def latents_of(self, rows, key="latents"):
-        picked = [file.get_tensor(f"{i}.{key}") for file, i in (self.rows[row] for row in rows)]
+        picked = [opened(path).get_tensor(f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
         return torch.stack(picked).float().to(self.device)
-
-
-def write_shard(path, prompts, texts, **tensors):
-    """Write one shard of n samples (see Shards). texts: n tensors [tokens, d]; tensors: n [c, f, h, w] per name."""
-    own = lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format)
-    every = {"text": texts, **tensors}
-    samples = {f"{i}.{key}": own(tensor) for key, values in every.items() for i, tensor in enumerate(values)}
-    with written_aside(path) as aside:
-        save_file(samples, aside, metadata={"prompts": json.dumps(prompts)})
 
 
 class TinyWorld(Samples):
@@ -351,7 +357,7 @@ def load_data(model, prompts, data, cache, device, seed):
     """
     if data:
         shards = Shards(data, model, device, seed, keys=("latents",))
-        if f"{shards.rows[0][1]}.noise" in shards.rows[0][0].keys() and dist.get_rank() == 0:
+        if "0.noise" in opened(shards.rows[0][0]).keys() and dist.get_rank() == 0:
             print(f"the clips in {data} are samples of a teacher (pairs), not real ones")
         return shards
     if model.world and not prompts:

@@ -174,7 +174,7 @@ def main(args):
     settings = (args.guidance_scale, args.shift, args.pair_steps)
     solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
     if args.pairs:
-        pairs = common.Shards(args.pairs, model, run.device, args.seed, keys=("latents", "noise"))
+        pairs = common.Shards(args.pairs, model, run.device, args.seed, ("latents", "noise"), settings)
     else:
         pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
     run.restore(networks, optimizers)

@@ -21,8 +21,8 @@ And of the class itself
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 
-`wan.py` is the file to copy. To add a family: write its file, name its class in FAMILIES beside the `_class_name` that
-its transformer's config.json has, and test it against the stock pipeline as tests/test_runs.py does. No script changes.
+`wan.py` is the file to copy. To add a family: write its file, name its class in FAMILIES beside the pipeline that its
+model_index.json names, and test it against the stock pipeline as tests/test_runs.py does. No script changes.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
-FAMILIES = {"WanTransformer3DModel": Wan}
+FAMILIES = {"WanPipeline": Wan}
 PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.PRESETS.items()}
 
 

@@ -6,9 +6,12 @@ import json
 import os
 import secrets
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 class Fatal(Exception):
@@ -107,3 +110,27 @@ def stamps(paths):
     """(name, size, hash of the first MiB) of files, for `hashed`: the same on every machine that has the same files."""
     first = lambda path: hashlib.blake2b(open(path, "rb").read(1 << 20), digest_size=8).hexdigest()
     return [(path.name, path.stat().st_size, first(path)) for path in paths]
+
+
+def opened(path):
+    """A safetensors file; the last few stay open. A process has 65,530 memory maps, and each open file is one."""
+    return open_once(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@lru_cache(maxsize=256)
+def open_once(path, *_):
+    return safe_open(path, framework="pt")
+
+
+def write_shard(path, prompts, texts, settings=None, **tensors):
+    """Write one shard of n samples (see common.Shards). texts: n tensors [tokens, d]; tensors: n [c, f, h, w] per name;
+    settings: what a teacher's samples depend on, so that a run can compare.
+    """
+    own = lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format)
+    every = {"text": texts, **tensors}
+    samples = {f"{i}.{key}": own(tensor) for key, values in every.items() for i, tensor in enumerate(values)}
+    for name, tensor in samples.items():
+        if not tensor.isfinite().all():
+            raise Fatal(f"{name} of {prompts[int(name.split('.')[0])]!r} is not finite: not written to {path}", 1, True)
+    with written_aside(path) as aside:
+        save_file(samples, aside, metadata={"prompts": json.dumps(prompts), "settings": json.dumps(settings)})

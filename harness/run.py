@@ -70,6 +70,7 @@ class Run:
         if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
             self.folder = self.checkpoint.parents[1]
         make_folder(args.runs_dir)
+        check_shared(Path(args.runs_dir))
         if args.track and find_spec("wandb") is None:
             raise Fatal("--track needs Weights & Biases: pip install wandb")
 
@@ -184,8 +185,11 @@ class Run:
                 files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
                 record = {"step": step, "world_size": dist.get_world_size(), "files": files}
                 (aside / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
-                shutil.rmtree(final, ignore_errors=True)
+                old = final.with_name(final.name + ".old.tmp")
+                if final.exists():  # never without one of the two
+                    os.replace(final, old)
                 os.replace(aside, final)
+                shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             self.close()
             shutil.rmtree(aside, ignore_errors=True)
@@ -244,6 +248,23 @@ class Run:
             self.wandb.finish()
         if self.lock:
             self.lock.close()
+
+
+def check_shared(folder):
+    """Raise one line, in all processes, unless all of them see the same folder."""
+    marks = [folder / f".seen_by_all_{os.getpid()}_{time.time_ns()}"]
+    dist.broadcast_object_list(marks)
+    if dist.get_rank() == 0:
+        marks[0].touch()
+    dist.barrier()
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, marks[0].exists())
+    if dist.get_rank() == 0:
+        marks[0].unlink()
+    if not all(seen):
+        raise Fatal(
+            f"{seen.count(False)} of {len(seen)} processes do not see {folder}: all machines must share --runs-dir"
+        )
 
 
 def unused_folder(folder):

@@ -34,7 +34,7 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
         # padding is zero, and no real token's embedding is
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
         prompts = [data.prompt(number) for number in numbers]
-        common.write_shard(paths[first], prompts, texts, noise=noise, latents=solve(noise, cond))
+        common.write_shard(paths[first], prompts, texts, settings=settings, noise=noise, latents=solve(noise, cond))
         if turn == 0:
             hours = [(time.perf_counter() - started) * (turns - 1) / 3600]
             dist.broadcast_object_list(hours)

@@ -11,6 +11,7 @@ import common
 import dmd
 from harness.files import Fatal, hashed, written_aside
 from harness.samples import teacher_samples
+from tests.conftest import small_args
 from tests.test_runs import make_shard
 
 CPU = torch.device("cpu")
@@ -94,6 +95,38 @@ def test_pairs_are_the_teachers_own(tmp_path):
     assert torch.equal(cached.latents_of(range(3)), pairs.latents_of(range(3)))
     with pytest.raises(TypeError):  # other settings are other samples
         teacher_samples(run, data, None, 3, 2, (2.5, 1.0, 2))
+
+
+def test_pairs_of_other_settings_are_refused(tmp_path, fails):
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    folder = tmp_path / "pairs"
+    data = common.load_data(model, None, None, tmp_path, device, 0)
+    run = SimpleNamespace(device=device, cache=tmp_path, max_hours=1.0)
+    teacher_samples(run, data, lambda noise, cond: noise, 2, 2, (2.0, 1.0, 2), folder=folder)
+    flags = {"pairs": str(folder), "runs_dir": str(tmp_path), "steps": 1, "pair_steps": 2}
+    dmd.main(small_args(**flags, guidance_scale=2.0, shift=1.0))
+    fails(
+        lambda: dmd.main(small_args(**flags, guidance_scale=3.0, shift=1.0)), "made with [2.0, 1.0, 2]", "[3.0, 1.0, 2]"
+    )
+
+
+def test_what_is_not_finite_is_not_written(tmp_path, fails):
+    latents = torch.zeros(2, 1, 1, 2, 2)
+    latents[1, 0, 0, 1, 1] = float("nan")
+    write = lambda: common.write_shard(tmp_path / "a.safetensors", ["x", "y"], [torch.zeros(1, 2)] * 2, latents=latents)
+    fails(write, "1.latents of 'y' is not finite", code=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_of_many_shards_are_open(tmp_path):
+    model = common.Model("tiny", 9, 32, 32)
+    for i in range(300):
+        common.write_shard(tmp_path / f"{i:04d}.safetensors", [f"prompt {i}"], [torch.full((1, 32), float(i))])
+    data = common.Shards(tmp_path, model, CPU)
+    text = data.cond_of(range(300))["text"]
+    assert text[:, 0, 0].tolist() == list(range(300)) and data.prompts[299] == "prompt 299"
+    with open("/proc/self/maps") as maps:
+        assert 0 < sum(str(tmp_path) in line for line in maps) <= 256
 
 
 def test_a_bf16_teacher_keeps_its_rotary_tables_in_float32():

@@ -29,7 +29,7 @@ LONGEST = {
     "common": 430,
     "eval_vbench": 450,
 }
-FAMILY, READ, REACHED = 110, 870, 1820
+FAMILY, READ, REACHED = 110, 870, 1840
 
 
 @cache
@@ -80,7 +80,7 @@ def test_a_reader_opens_three_short_files(script):
     lines = {name: len(files()[name].read_text().splitlines()) for name in (script, "common")}
     total = sum(lines.values()) + longest_family
     print(f"{script}.py {lines[script]} + common.py {lines['common']} + a family {longest_family} = {total}")
-    assert total <= READ 
+    assert total <= READ
 
 
 def definitions(name):

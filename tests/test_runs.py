@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
@@ -379,6 +380,7 @@ def copied_teacher(tmp_path):
         ("text_encoder/config.json", "gone", ["teacher", "config.json"]),
         ("tokenizer/tokenizer.json", "gone", ["cannot read", "teacher"]),
         ("vae", "gone", ["no vae/ folder"]),
+        ("model_index.json", "gone", ["cannot read", "model_index.json"]),
         ("transformer/diffusion_pytorch_model.fp16.safetensors", "extra", ["fp16 variant"]),
     ],
 )
@@ -402,6 +404,26 @@ def test_a_teacher_with_two_experts_is_refused(tmp_path, fails, copied_teacher):
     shutil.copytree(copied_teacher / "transformer", copied_teacher / "transformer_2")
     args = small_args(teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"))
     fails(lambda: dmd.main(args), "two experts", "Wan2.2-A14B")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "WanImageToVideoPipeline"}, "holds a WanImageToVideoPipeline"),
+        ({"expand_timesteps": True}, "holds a WanPipeline, a timestep per token"),  # Wan2.2 TI2V 5B
+        ({"_class_name": "HunyuanVideoPipeline"}, "known are WanPipeline"),
+    ],
+)
+def test_teachers_of_other_families_are_refused_before_any_work(tmp_path, fails, copied_teacher, changes, words):
+    index = json.loads((copied_teacher / "model_index.json").read_text())
+    (copied_teacher / "model_index.json").write_text(json.dumps(index | changes))
+    fails(lambda: dmd.main(small_args(teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"))), words)
+
+
+def test_a_process_that_does_not_see_the_runs_folder(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(dist, "all_gather_object", lambda seen, value: seen.__setitem__(slice(None), [False]))
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path)), "1 of 1 processes do not see", "--runs-dir")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_teacher_needs_no_scheduler(tmp_path, copied_teacher):
