@@ -368,6 +368,17 @@ def load_data(model, prompts, data, cache, device, seed):
     return encoded
 
 
+def tell_what_is_lost(model, prompts):
+    """Print how many prompts the text encoder does not take whole, if any."""
+    tokens = model.family.tokenizer(model.folder)(prompts)
+    for lost, why in (
+        ([len(row) > model.text_length for row in tokens], f"are cut at the text encoder's {model.text_length} tokens"),
+        ([None in row for row in tokens], "have words that the tokenizer does not know"),
+    ):
+        if any(lost):
+            print(f"{sum(lost)} of {len(prompts)} prompts {why}, the first: {prompts[lost.index(True)][:80]!r}")
+
+
 def encode_text(model, prompts, cache, device, chunk=1024):
     """Encode prompts once, into shards under `cache`; a Shards of them, row i for prompt i.
 
@@ -378,6 +389,8 @@ def encode_text(model, prompts, cache, device, chunk=1024):
     folder = Path(cache) / f"text_{key:016x}"
     encode = None
     make_folder(folder)
+    if dist.get_rank() == 0 and len(list(folder.glob("*.safetensors"))) * chunk < len(prompts):
+        tell_what_is_lost(model, prompts)
     for first in range(dist.get_rank() * chunk, len(prompts), dist.get_world_size() * chunk):
         path, part = folder / f"{first:08d}.safetensors", prompts[first : first + chunk]
         if not path.is_file():

@@ -17,6 +17,7 @@ And of the class itself
     fps, negative_prompt             frames per second; the prompt of guidance's other half
     shapes(config, vae, frames, height, width)       latent shape (c, f, h, w) and patch size, or Fatal
     text_length(folder)              tokens that every prompt is padded to
+    tokenizer(folder)                a function: list of prompts -> lists of token ids, not cut, None if unknown
     text_encoder(folder, device)     a function: list of prompts -> list of embeddings [tokens, d]
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.

@@ -1,6 +1,32 @@
 """Video and normalised latents: what all families' VAEs have in common, a mean and a deviation for each channel."""
 
+import math
+
 import torch
+
+from harness.files import Fatal
+
+
+def latent_shape(config, vae, frames, height, width):
+    """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; one line if it has none.
+
+    config and vae are the dicts of the transformer's and the VAE's config.json.
+    """
+    time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    patch = config.get("patch_size", (1, 2, 2))
+    for name, size, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
+        if size < step or size % step:
+            raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {size}")
+    if frames < 1 or (frames - 1) % time:
+        raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
+    shape = (config.get("in_channels", 16), (frames - 1) // time + 1, height // space, width // space)
+    longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
+    if longest > limit:
+        raise Fatal(
+            f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
+            f"embedding has {limit}: see --frames, --height, --width"
+        )
+    return shape, patch
 
 
 def latent_statistics(vae):

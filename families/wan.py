@@ -1,6 +1,5 @@
 """Wan 2.1 text-to-video. cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -9,7 +8,8 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from harness.files import Fatal, read_json, readable
+from families.latents import latent_shape
+from harness.files import read_json, readable
 
 TINY = str(Path(__file__).resolve().parents[1] / "tiny" / "teacher")
 
@@ -26,6 +26,7 @@ class Wan(nn.Module):
             {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "text_dim": 4096},
         ),
     }
+    shapes = staticmethod(latent_shape)
     transformer_class, vae_class = WanTransformer3DModel, AutoencoderKLWan
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     fps = 16
@@ -64,31 +65,17 @@ class Wan(nn.Module):
         return v if read is None else (v, [features[i] for i in read])
 
     @staticmethod
-    def shapes(config, vae, frames, height, width):
-        """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; one line if it has none.
-
-        config and vae are the dicts of the transformer's and the VAE's config.json.
-        """
-        time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-        patch = config.get("patch_size", (1, 2, 2))
-        for name, size, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
-            if size < step or size % step:
-                raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {size}")
-        if frames < 1 or (frames - 1) % time:
-            raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
-        shape = (config.get("in_channels", 16), (frames - 1) // time + 1, height // space, width // space)
-        longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
-        if longest > limit:
-            raise Fatal(
-                f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
-                f"embedding has {limit}: see --frames, --height, --width"
-            )
-        return shape, patch
-
-    @staticmethod
     def text_length(folder):
         """Tokens a prompt is padded to: the tokenizer's own limit, at most the 512 that WanPipeline pads to."""
         return min(read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or 512, 512)
+
+    @staticmethod
+    def tokenizer(folder):
+        """A function: list of n prompts -> list of n lists of token ids in full length, None for an unknown word."""
+        with readable(folder / "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        ids = lambda prompts: tokenizer([prompt_clean(prompt) for prompt in prompts], verbose=False).input_ids
+        return lambda prompts: [[None if i == tokenizer.unk_token_id else i for i in row] for row in ids(prompts)]
 
     @staticmethod
     def text_encoder(folder, device):

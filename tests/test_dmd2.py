@@ -120,6 +120,7 @@ def test_features_carry_the_same_gradient_when_activations_are_recomputed(gradie
         x_t = torch.ones(1, *model.latent_shape)
         cond = {"text": torch.ones(1, model.text_length, model.text_dim)}
         _, features = network(x_t, torch.tensor([0.5]), cond, read=(1, 3))
+        assert not any(block._forward_hooks for block in network.blocks), "what is read once is not read for ever"
         sum(x.square().sum() for x in features).backward()
         gradients.append(network.blocks[0].attn1.to_q.weight.grad)
     assert torch.equal(*gradients)

@@ -32,6 +32,7 @@ from harness.files import UMASK, read_prompts, stamps, written_aside
 from harness.finished import load_run
 from harness.run import Run, unused_folder
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
+from tiny import world as tiny
 
 TEACHER = ROOT / "tiny" / "teacher"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -301,6 +302,36 @@ def test_prompt_files_of_other_editors(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red\u2028circle\r\na blue square\r\n".encode())
     assert read_prompts(path) == ["a red\u2028circle", "a blue square"]
+
+
+def test_tables_of_prompts_are_read_by_their_caption_column(tmp_path, fails):
+    for name, text in (
+        ("a.csv", 'file_name,caption\n1.mp4,"a red circle, large"\n2.mp4,a blue square\n'),
+        ("a.jsonl", '{"text": "a red circle, large"}\n{"text": "a blue square"}\n'),
+        ("a.txt", "prompt\tpath\na red circle, large\t1.mp4\na blue square\t2.mp4\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == ["a red circle, large", "a blue square"]
+    (tmp_path / "b.txt").write_text("a text, a prompt\n{a red circle}\n")  # no header: lines
+    assert read_prompts(tmp_path / "b.txt") == ["a text, a prompt", "{a red circle}"]
+    (tmp_path / "b.csv").write_text("caption,id\na red circle,1\n,2\n")
+    fails(lambda: read_prompts(tmp_path / "b.csv"), "line 3 is an empty prompt")
+    (tmp_path / "b.csv").write_text("title,id\na red circle,1\n")
+    fails(lambda: read_prompts(tmp_path / "b.csv"), "no captions", "caption, text, prompt")
+    (tmp_path / "b.csv").write_text("")
+    fails(lambda: read_prompts(tmp_path / "b.csv"), "holds no prompts")
+
+
+def test_what_a_prompt_loses_is_told_once(tmp_path, capsys):
+    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
+    prompts = ["a red circle", "a red dragon", "a red circle " * 40]
+    common.encode_text(model, prompts, tmp_path, device)
+    said = capsys.readouterr().out
+    assert "1 of 3 prompts have words that the tokenizer does not know, the first: 'a red dragon'" in said
+    assert f"1 of 3 prompts are cut at the text encoder's {model.text_length} tokens" in said
+    common.encode_text(model, prompts, tmp_path, device)
+    common.encode_text(model, tiny.CAPTIONS, tmp_path, device)
+    assert capsys.readouterr().out == ""
 
 
 def make_shard(path, teacher, n=3, **changes):

@@ -52,6 +52,7 @@ def main(out, args):
     pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings, folder=out)
     if dist.get_rank() == 0:
         print(f"{len(pairs)} pairs in {out}")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,45 +3,54 @@
     torchrun --nproc_per_node=8 tools/make_shards.py clips/ shards/ --teacher wan2.1-1.3b
     torchrun --nproc_per_node=8 dmd2.py --data shards/ --teacher wan2.1-1.3b
 
-Beside every video (mp4, mov, webm, mkv) lies its caption, UTF-8, in a .txt of the same name. A clip is the first frames
-of a video at the teacher's frame rate (nearest in time), scaled to cover height x width and cropped in the middle,
-encoded to the posterior's mode. Run it again after an interruption: it goes on.
+Beside every video (avi, m4v, mkv, mov, mp4, webm) lies its caption, UTF-8, in a .txt of the same name; or --metadata is
+a table of all. A clip is the first frames of a video at the teacher's frame rate (nearest in time), as ffplay shows
+them, scaled to cover height x width and cropped in the middle, encoded to the posterior's mode.
+
+A video that cannot be used is skipped, and skipped.txt beside the shards says why. Run it again after an interruption,
+or with other clips: it encodes those that no shard holds yet.
 """
 
-import math
+import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import av
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from annotated_types import Ge
-from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_shards.py` finds common
 
-import common  # noqa: E402
-import dmd2  # noqa: E402
-from harness.files import Fatal, hashed, make_folder, stamps  # noqa: E402
 from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
 
-SUFFIXES = {".mp4", ".mov", ".webm", ".mkv"}
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+
+import common  # noqa: E402
+import dmd2  # noqa: E402
+from harness.files import Fatal, hashed, make_folder, opened, stamps, write_shard, written_aside  # noqa: E402
+from tools.clips import SUFFIXES, find_clips  # noqa: E402
+from tools.video import Unreadable, read_clip  # noqa: E402
+
+READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
+LISTED = 20  # skipped clips that are printed; skipped.txt has all
 
 
 @dataclass
 class Args:
     clips: tyro.conf.Positional[Path]
-    """Folder of videos with captions beside them; looked through with its subfolders."""
+    """Folder of videos with captions beside them; looked through with its subfolders and links to folders."""
     out: tyro.conf.Positional[Path]
     """Folder for the shards."""
+    metadata: Path | None = None
+    """Table of videos and captions, in place of .txt files: JSONL, or CSV with a header. Columns: file_name, path,
+    video or file (below the folder of clips), and caption, text or prompt."""
     teacher: str = "wan2.1-1.3b"
     """Whose VAE and text encoder: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
     frames: Annotated[int | None, Ge(1)] = None
-    """Frames of a clip; a shorter video is an error. None: as many as the scripts train on with this teacher."""
+    """Frames of a clip; a shorter video is skipped. None: as many as the scripts train on with this teacher."""
     height: Annotated[int | None, Ge(1)] = None
     """Height in pixels. None: the scripts' with this teacher."""
     width: Annotated[int | None, Ge(1)] = None
@@ -50,86 +59,139 @@ class Args:
     """Clips in a shard."""
 
 
-def read_clip(path, frames, height, width, fps):
-    """The first frames of a video at `fps`, [3, f, h, w] in [0, 1], scaled to cover and cropped in the middle."""
-    picked, first, last = [], 0.0, None
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                first = frame.time if last is None else first
-                # the frame before is the nearest to every time up to half-way
-                while last and len(picked) < frames and len(picked) / fps < (last.time + frame.time) / 2 - first:
-                    picked.append(last.to_ndarray(format="rgb24"))
-                last = frame
-                if len(picked) == frames:
-                    break
-            while last and len(picked) < frames and (len(picked) - 0.5) / fps <= last.time - first:
-                picked.append(last.to_ndarray(format="rgb24"))
-    except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise Fatal(f"cannot read {path}: {error}", alone=True) from None
-    if len(picked) < frames:
+def from_rank_0(function):
+    """What `function` returns on rank 0, on every rank; a Fatal there is raised on all."""
+    told = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [function()]
+        except Fatal as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], Fatal):
+        raise told[0]
+    return told[0]
+
+
+def turns(count, name):
+    """Numbers below `count`, each on one rank only: whoever is free takes the next, so that none waits for long."""
+    store = dist.distributed_c10d._get_default_store()
+    while (turn := store.add(f"make_shards/{name}", 1) - 1) < count:
+        yield turn
+
+
+def settings_key(model, frames, height, width):
+    """A number of all that turns videos and captions into what the shards hold."""
+    files = [file for part in ("vae", "text_encoder") for file in sorted((model.folder / part).iterdir())]
+    encoders = stamps([file for file in files if file.is_file()])
+    return hashed(READER, frames, height, width, model.fps, model.latent_shape, model.text_length, encoders)
+
+
+def keys_in(out):
+    """{shard's path: keys of its clips} of the finished shards in a folder."""
+    found = {}
+    for path in sorted(out.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found[path] = {file.get_tensor(name).item() for name in file.keys() if name.endswith(".clip")}
+        except (OSError, SafetensorError) as error:
+            raise Fatal(f"cannot read shard {path} ({error}): delete it, and it is made again") from None
+    return found
+
+
+def survey(args, model, frames, height, width):
+    """(todo, done, skipped): [(key, Clip)] that no shard in args.out holds, how many one does, [(name, reason)].
+
+    A clip's key is a number of its name, contents and caption and of the settings; shards keep the keys of their clips.
+    """
+    clips, skipped, aside = find_clips(args.clips, args.metadata, args.out)
+    said = ", ".join(f"{n} {kind}" for kind, n in sorted(aside.items()))
+    if not clips and not skipped:
+        raise Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}" + (f"; it has {said}" if said else ""))
+    if said:
+        print(f"left aside in {args.clips}: {said}")
+    settings, keyed = settings_key(model, frames, height, width), {}
+    for clip in clips:
+        try:
+            keyed[hashed(settings, clip.name, stamps([clip.path]), clip.caption)] = clip
+        except OSError as error:
+            skipped.append((clip.name, f"it cannot be read: {error.strerror}"))
+    shards = keys_in(args.out)
+    others = [path.name for path, keys in shards.items() if not keys or not keys <= keyed.keys()]
+    if others:
         raise Fatal(
-            f"{path} has {len(picked)} of {frames} frames at {fps} a second: leave it out, or lower --frames",
-            alone=True,
+            f"{args.out} holds shards of other clips or settings ({', '.join(others[:3])}{', …' * (len(others) > 3)}): "
+            "delete these, and what belongs in them is encoded again, or give another folder"
         )
-    video = rearrange(torch.stack([torch.from_numpy(x) for x in picked]).float() / 255, "f h w c -> f c h w")
-    scale = max(height / video.shape[2], width / video.shape[3])
-    size = [max(n, round(scale * old)) for n, old in zip((height, width), video.shape[2:], strict=True)]
-    video = F.interpolate(video, size, mode="bilinear", antialias=True) if size != list(video.shape[2:]) else video
-    top, left = ((n - wanted) // 2 for n, wanted in zip(size, (height, width), strict=True))
-    return rearrange(video[:, :, top : top + height, left : left + width], "f c h w -> c f h w")
+    done = set().union(*shards.values())
+    return [(key, clip) for key, clip in keyed.items() if key not in done], len(done), skipped
 
 
-def read_caption(path):
-    try:
-        caption = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fatal(f"{path} has no caption {path.with_suffix('.txt').name} beside it: {error}") from None
-    if not caption:
-        raise Fatal(f"{path.with_suffix('.txt')} is empty: write the video's caption into it")
-    return caption
+def report(out, done, skipped):
+    """Print and write to skipped.txt what was skipped and why, one clip a line, and say what there is."""
+    clean = lambda text: " ".join(text.encode(errors="replace").decode().split())
+    lines = [f"{clean(name)}\t{clean(reason)}" for name, reason in sorted(skipped)]
+    file = out / "skipped.txt"
+    if lines:
+        with written_aside(file) as aside:
+            aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+    for line in lines[:LISTED]:
+        print("skipped " + line.replace("\t", ": "))
+    more = f"; {len(lines)} skipped, see {file}" if lines else ""
+    if not done:
+        raise Fatal(f"not one clip can be used{more}")
+    print(f"{done} clips in {len(list(out.glob('*.safetensors')))} shards: --data {out}{more}")
 
 
 def main(args):
     if not args.clips.is_dir():
         raise Fatal(f"no such folder {args.clips}")
-    paths = sorted(path for path in args.clips.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}")
     check_flags(args)
-    captions = [read_caption(path) for path in paths]
     device = common.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
     recipe = with_recipe(dmd2.Args, dmd2.RECIPES, teacher=args.teacher)
     frames, height, width = (getattr(args, name) or getattr(recipe, name) for name in ("frames", "height", "width"))
     model = common.Model(args.teacher, frames, height, width)
-
-    # the folder says what its shards are, so that others are not added to them
-    names = [str(path.relative_to(args.clips)) for path in paths]
-    files = [*paths, *sorted(file for part in ("vae", "text_encoder") for file in (model.folder / part).iterdir())]
-    key, note = str(hashed(names, stamps(files), captions, model.latent_shape, args.shard)), args.out / "key.txt"
+    todo, done, skipped = from_rank_0(lambda: survey(args, model, frames, height, width))
     make_folder(args.out, hint="")
-    before = [note.read_text() if note.is_file() and any(args.out.glob("*.safetensors")) else key]
-    dist.broadcast_object_list(before)
-    if before[0] != key:
-        raise Fatal(f"{args.out} holds shards of other clips or settings: delete it, or give another folder")
-    if rank == 0:
-        note.write_text(key)
+    parts = [range(first, min(first + args.shard, len(todo))) for first in range(0, len(todo), args.shard)]
+    name = from_rank_0(lambda: secrets.token_hex(8))
 
-    encoded = common.encode_text(model, captions, args.out / "text", device)
-    vae = model.load_vae(device)
-    for first in range(rank * args.shard, len(paths), world * args.shard):
-        path, part = args.out / f"{first:08d}.safetensors", range(first, min(first + args.shard, len(paths)))
-        if path.is_file():
-            continue
-        texts = [file.get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in part)]
-        clips = (read_clip(paths[number], frames, height, width, model.fps) for number in part)
-        latents = [common.encode(vae, clip[None])[0] for clip in clips]
-        common.write_shard(path, [captions[number] for number in part], texts, latents=latents)
-        print(f"clips {first} to {part[-1]} of {len(paths)}", flush=True)
-    dist.barrier()
+    if todo:
+        encoded = common.encode_text(model, [clip.caption for _, clip in todo], args.out / "text", device)
+        vae = model.load_vae(device)
+    skipped, encoded_here = skipped if dist.get_rank() == 0 else [], 0
+    for turn in turns(len(parts), name):
+        kept, latents = [], []
+        for number in parts[turn]:
+            clip = todo[number][1]
+            try:
+                latent = common.encode(vae, read_clip(clip.path, frames, height, width, model.fps)[None])[0].cpu()
+                if not latent.isfinite().all():
+                    raise Unreadable("the VAE gives latents that are not finite")
+            except Unreadable as error:
+                skipped.append((clip.name, str(error)))
+                continue
+            kept.append(number)
+            latents.append(latent)
+        if kept:
+            captions, keys = zip(*((todo[number][1].caption, todo[number][0]) for number in kept), strict=True)
+            texts = [opened(file).get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in kept)]
+            path = args.out / f"{done + parts[turn][0]:08d}_{hashed(*keys):016x}.safetensors"
+            write_shard(path, list(captions), texts, latents=latents, clip=[torch.tensor(key) for key in keys])
+        encoded_here += len(kept)
+        print(
+            f"shard {turn + 1} of {len(parts)}: {len(kept)} clips, {len(parts[turn]) - len(kept)} skipped", flush=True
+        )
+
+    # every rank is here within the time of one shard
+    all_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, (encoded_here, skipped))
+    rank = dist.get_rank()
+    dist.destroy_process_group()
     if rank == 0:
-        print(f"{len(paths)} clips in {math.ceil(len(paths) / args.shard)} shards: --data {args.out}")
+        report(args.out, done + sum(n for n, _ in all_ranks), [line for _, lines in all_ranks for line in lines])
 
 
 if __name__ == "__main__":

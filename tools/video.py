@@ -1,0 +1,122 @@
+"""Read the first frames of a video file as ffplay shows them: upright, square pixels, the file's own colours."""
+
+import math
+import struct
+
+import av
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+HDR = {16: "PQ, SMPTE 2084", 18: "HLG, ARIB STD-B67"}  # transfer functions by their number in ISO/IEC 23091-2
+
+
+class Unreadable(Exception):
+    """Why a video cannot be used, in one line."""
+
+
+def read_clip(path, frames, height, width, fps):
+    """The first frames of a video at `fps`, [3, f, h, w] float32 in [0, 1], scaled to cover and cropped in the middle.
+
+    Each frame is scaled when it is decoded, so that only one clip of the wanted size is held. Unreadable if there are
+    too few frames, no times, another size midway, HDR, or an angle that is no multiple of 90 degrees.
+    """
+    clip, count = torch.empty(3, frames, height, width), 0
+    try:
+        with av.open(str(path)) as container:
+            stream = video_stream(container)
+            for frame, times in nearest_frames(timed_frames(container, stream), frames, fps):
+                picture = fit(frame, stream.sample_aspect_ratio or 1, height, width)
+                clip[:, count : count + times] = picture[:, None]
+                count += times
+    except (OSError, ValueError, av.error.FFmpegError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Unreadable(f"it cannot be decoded: {' '.join(reason.split())}") from None
+    if count < frames:
+        raise Unreadable(f"it has {count} of {frames} frames at {fps} a second (see --frames)")
+    return clip
+
+
+def video_stream(container):
+    """The first stream that is a video; cover pictures and thumbnails are none."""
+    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    for stream in container.streams.video:
+        if not stream.disposition & still:
+            if stream.codec_context is None:
+                raise Unreadable("there is no decoder for its video")
+            return stream
+    raise Unreadable("it holds a picture but no video" if container.streams.video else "it holds no video")
+
+
+def timed_frames(container, stream):
+    """Yield (time in seconds, a Fraction; frame) in the order of display, checked to be all of one kind.
+
+    Times are FFmpeg's best effort: those of the frames, or of the packets where the frames' go backwards more often.
+    """
+    kind, last, backwards = None, {}, {"pts": 0, "dts": 0}
+    for frame in container.decode(stream):
+        stamps = {name: getattr(frame, name) for name in ("pts", "dts") if getattr(frame, name) is not None}
+        if not stamps:
+            raise Unreadable("its frames have no timestamps")
+        for name, stamp in stamps.items():
+            backwards[name] += stamp <= last.get(name, stamp - 1)
+        last |= stamps
+        transfer = {int(frame.color_trc), int(stream.codec_context.color_trc)} & HDR.keys()
+        if transfer:
+            raise Unreadable(f"it is HDR ({HDR[transfer.pop()]}), which is not read: convert it to SDR")
+        size = f"{frame.width} x {frame.height}"
+        if kind not in (None, (size, display_matrix(frame))):
+            raise Unreadable(f"it changes midway from {kind[0]} to {size} or is turned")
+        kind = size, display_matrix(frame)
+        yield stamps[min(stamps, key=lambda name: (backwards[name], name == "dts"))] * frame.time_base, frame
+
+
+def nearest_frames(timed, frames, fps):
+    """Yield (frame, n): the frame is the nearest in time to n of the `frames` times 0, 1 / fps, 2 / fps, … after the
+    first. timed: an iterable of (time, frame). The sum of all n is less than `frames` if the video is too short.
+    """
+    count, last = 0, None
+    for time, frame in timed:
+        if last is None:
+            start = time
+        else:  # the frame before is the nearest to every time up to half-way
+            end = min(math.ceil(((last[0] + time) / 2 - start) * fps), frames)
+            if end > count:
+                yield last[1], end - count
+                count = end
+            if count == frames:
+                return
+        last = time, frame
+    if last:
+        end = min(math.floor((last[0] - start) * fps + 0.5) + 1, frames)
+        if end > count:
+            yield last[1], end - count
+
+
+def display_matrix(frame):
+    """(a, b, c, d) of a frame's display matrix: the picture's point (x, y) is shown at (a x + c y, b x + d y)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = (n / 65536 for n in struct.unpack("=5i", bytes(data)[:20]))
+    return a, b, c, d
+
+
+def fit(frame, aspect, height, width):
+    """A decoded frame as [3, height, width] float32 in [0, 1]; aspect: the width of its pixels over their height."""
+    picture = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> c h w")
+    shown = [picture.shape[1], picture.shape[2] * float(aspect)]
+    a, b, c, d = display_matrix(frame)
+    if max(abs(b), abs(c)) < 0.01 < min(abs(a), abs(d)):
+        picture = picture.flip([dim for dim, sign in ((2, a), (1, d)) if sign < 0])
+    elif max(abs(a), abs(d)) < 0.01 < min(abs(b), abs(c)):
+        picture, shown = picture.mT.flip([dim for dim, sign in ((2, c), (1, b)) if sign < 0]), shown[::-1]
+    else:
+        raise Unreadable(f"it is turned by {math.degrees(math.atan2(b, a)):.0f} degrees, no multiple of 90")
+    scale = max(height / shown[0], width / shown[1])
+    size = [max(n, round(scale * old)) for n, old in zip((height, width), shown, strict=True)]
+    picture = picture.float() / 255
+    if size != list(picture.shape[1:]):
+        picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+    top, left = ((n - wanted) // 2 for n, wanted in zip(size, (height, width), strict=True))
+    return picture[:, top : top + height, left : left + width]
