@@ -14,8 +14,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 import common
@@ -86,7 +84,8 @@ def find_init(runs_dir, teacher, init):
 
 
 def flat_state(networks, optimizers):
-    """{"name.parameter": tensor} of all networks, and {"name_optimizer.…": tensor} of the optimizers of the same names.
+    """{"name.parameter": tensor} of all networks, and {"name_optimizer.…": tensor} of the optimizers of the same names:
+    the tensors themselves, no copies, so that dcp.load fills them.
 
     An optimizer's hyper-parameters come from the flags, not from here.
     """
@@ -99,24 +98,15 @@ def flat_state(networks, optimizers):
     return state
 
 
-def part_of(state, name):
-    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-
-
 def load_state(checkpoint, networks, optimizers):
-    """Fill all networks and optimizers from a checkpoint."""
-    state = flat_state(networks, optimizers)
+    """Fill all networks and optimizers from a checkpoint, in place."""
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "state")))
+        dcp.load(
+            flat_state(networks, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
+        )
     except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
         reason, flags = str(error).strip().splitlines()[-1], checkpoint.parents[1] / "args.json"
         raise Fatal(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
-    for name, network in networks.items():
-        set_model_state_dict(network, part_of(state, name))
-    for name, optimizer in optimizers.items():
-        own = get_optimizer_state_dict(networks[name], optimizer, options=FLAT)
-        own |= part_of(state, f"{name}_optimizer")
-        set_optimizer_state_dict(networks[name], optimizer, own, options=FLAT)
 
 
 def load_init(path, networks):
@@ -165,8 +155,6 @@ def load_networks(checkpoint, networks):
                 f"{checkpoint / 'student' / 'transformer'}, where it is merged"
             )
     dcp.load(state, storage_reader=reader)
-    for name in found:
-        set_model_state_dict(networks[name], part_of(state, name), options=StateDictOptions(strict=False))
     return found
 
 

@@ -151,6 +151,10 @@ MUTANTS = {
         ("[features[i] for i in read]", "list(features.values())", 1),
         ("        for hook in hooks:\n            hook.remove()\n", "", 1),
     ]),
+    "families/latents.py": (COMMON, [
+        ("return (latents.float() - mean) / std", "return (latents.float() + mean) / std", 1),
+        ("(latents * std + mean)", "(latents * std)", 1),
+    ]),
     "common.py": (COMMON, [
         ("return torch.cat(all_gather(x))", "return x", 1),
         ("(step * grad_accum + micro) * dist.get_world_size()", "(step * grad_accum) * dist.get_world_size()", 1),
@@ -159,8 +163,6 @@ MUTANTS = {
         ("hashed(self.seed, \"epoch\", epoch)", "hashed(self.seed, \"epoch\")", 1),
         ("hashed(seed, stream, int(i))", "hashed(seed, int(i))", 1),
         ("hashed(seed, stream, int(i))", "hashed(stream, int(i))", 1),
-        ("return (latents.float() - mean) / std", "return (latents.float() + mean) / std", 1),
-        ("(latents * std + mean)", "(latents * std)", 1),
         ("bound = parameter.shape[1] ** -0.5", "bound = 2 * parameter.shape[1] ** -0.5", 1),
         ("out[: len(tokens)] = tokens", "out[-len(tokens) :] = tokens", 1),
         ("and (not lora_rank or \".lora_\" in name)", "", 1),
@@ -169,7 +171,7 @@ MUTANTS = {
     ]),
     "harness/checkpoints.py": (COMMON, [
         ("module.scaling[\"default\"] * up @ down", "up @ down", 1),
-        ("set_optimizer_state_dict(networks[name], optimizer, own, options=FLAT)", "pass", 1),
+        ("state |= {f\"{name}_optimizer.{k}\": v", "{f\"{name}_optimizer.{k}\": v", 1),
         ("common.ema_update(networks[\"ema\"], networks[\"student\"], 0)", "pass", 1),
         ("return max(runs, key", "return min(runs, key", 1),
     ]),

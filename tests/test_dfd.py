@@ -1,6 +1,8 @@
 """dfd.py: the fixed points that METHODS.md derives, data_prob 0 is dmd2.py, and the ask for --init."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 import common
 import dfd
 import dmd2
+from harness.checkpoints import find_init
 from tests.conftest import distance, only_run, popen, same, small_args, student_weights
 from tests.exact import COND, Gaussian, draws
 
@@ -126,6 +129,13 @@ def test_it_starts_from_the_newest_finished_dmd2_run(tmp_path, fails, capsys):
     assert json.loads((only_run(tmp_path, dfd) / "args.json").read_text())["init"] == str(run)
     raw = [load_state(path, "student") for path in (run, only_run(tmp_path, dfd))]
     assert same(*raw)
+    # of two the newer one
+    shutil.copytree(run, newer := run.with_name(run.name[:-1] + "x"))
+    for old, last in ((run, newer), (newer, run)):
+        for time, folder in enumerate((old, last)):
+            os.utime(folder / "checkpoints" / "step_0000002", (time, time))
+        assert find_init(tmp_path, "tiny", "dmd2") == last
+    shutil.rmtree(newer)
     # what did not finish, or is of another teacher, is not meant
     (run / "checkpoints" / "step_0000002").rename(run / "checkpoints" / "step_0000001")
     fails(lambda: dfd.main(small_args(dfd, **flags)), "no finished run")

@@ -346,6 +346,16 @@ def test_lora_trains_a_few_matrices_and_is_merged_for_export(tmp_path):
     assert trained and all(".lora_" in k for k in trained)
 
 
+def test_a_lora_starts_as_no_change_and_as_wide_as_a_linear_layer():
+    """nn.Linear draws its weights evenly from +-1 / sqrt(inputs), and so does the LoRA's first half."""
+    network = common.Model("tiny", 9, 32, 32).load_network(True, torch.device("cpu"), lora_rank=16)
+    weights = dict(network.named_parameters())
+    down = {k: v for k, v in weights.items() if ".lora_A." in k}
+    assert down and all(0.98 < v.detach().abs().max() * v.shape[1] ** 0.5 <= 1 for v in down.values())
+    assert all(v.detach().std() * v.shape[1] ** 0.5 == pytest.approx(3**-0.5, rel=0.05) for v in down.values())
+    assert all((v == 0).all() for k, v in weights.items() if ".lora_B." in k)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_two_ranks_match_one(tmp_path, lora_rank):
     flags = {"steps": 4, "student_every": 1, "lora_rank": lora_rank, "lr": 1e-3, "ema_decay": 0.9}

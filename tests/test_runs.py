@@ -117,7 +117,8 @@ def test_latents_and_text_are_those_of_the_stock_pipeline(tmp_path):
 
     vae, video = model.load_vae(device), torch.rand(1, 3, 9, 32, 32)
     latents = common.encode(vae, video)
-    assert latents.shape == (1, *model.latent_shape)
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    torch.testing.assert_close(latents, (vae.encode(2 * video - 1).latent_dist.mode() - mean) / std)
     pipe.set_progress_bar_config(disable=True)
     kept = []
 
@@ -203,6 +204,13 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
         run.on_signal(signal.SIGINT, None)
 
 
+def logged(runs_dir):
+    """{name: values} of the losses and gradient norms of the only run there."""
+    events = EventAccumulator(str(only_run(runs_dir))).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(("loss/", "grad_norm/"))]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
 def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
     """Two gloo processes with batch b, and one with batch 2b or with two micro-batches: the same weights.
 
@@ -218,6 +226,8 @@ def test_two_ranks_match_one_and_resume_across_world_sizes(tmp_path):
 
     for other in ("two", "micro"):
         assert distance(student_weights(tmp_path / other, 4), one) < 1e-3 * distance(start, one)
+        for name, values in logged(tmp_path / "one").items():
+            assert logged(tmp_path / other)[name] == pytest.approx(values, rel=1e-2), "means over all ranks"
 
     # half of it on two ranks, the rest on one
     checkpoints = only_run(tmp_path / "two") / "checkpoints"
