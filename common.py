@@ -265,6 +265,7 @@ class Shards(Samples):
     0.text     [tokens, d]   embedding of the first prompt, without padding; 1.text, …
     0.latents  [c, f, h, w]  normalised latents of its clip, where it has one
     0.noise    [c, f, h, w]  of a teacher's own samples: the noise that its ODE took to those latents
+    settings   [3]           of the same: guidance, shift, steps
 
     Headers are read and checked at once, samples only when they are asked for.
     """
@@ -280,7 +281,7 @@ class Shards(Samples):
                 file = opened(path)
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
                 prompts = json.loads(file.metadata()["prompts"])
-                made_with = json.loads(file.metadata().get("settings", "null"))
+                made_with = file.get_tensor("settings").tolist() if "settings" in shapes else None
                 if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
                     raise ValueError("its prompts are no list")
             except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:

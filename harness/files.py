@@ -175,5 +175,7 @@ def write_shard(path, prompts, texts, settings=None, **tensors):
     for name, tensor in samples.items():
         if not tensor.isfinite().all():
             raise Fatal(f"{name} of {prompts[int(name.split('.')[0])]!r} is not finite: not written to {path}", 1, True)
-    with written_aside(path) as aside:
-        save_file(samples, aside, metadata={"prompts": json.dumps(prompts), "settings": json.dumps(settings)})
+    if settings:
+        samples["settings"] = torch.tensor(settings, dtype=torch.float64)
+    with written_aside(path) as aside:  # one entry of metadata: safetensors would write two in any order
+        save_file(samples, aside, metadata={"prompts": json.dumps(prompts)})

@@ -106,7 +106,9 @@ def test_pairs_of_other_settings_are_refused(tmp_path, fails):
     flags = {"pairs": str(folder), "runs_dir": str(tmp_path), "steps": 1, "pair_steps": 2}
     dmd.main(small_args(**flags, guidance_scale=2.0, shift=1.0))
     fails(
-        lambda: dmd.main(small_args(**flags, guidance_scale=3.0, shift=1.0)), "made with [2.0, 1.0, 2]", "[3.0, 1.0, 2]"
+        lambda: dmd.main(small_args(**flags, guidance_scale=3.0, shift=1.0)),
+        "made with [2.0, 1.0, 2.0]",
+        "[3.0, 1.0, 2]",
     )
 
 
