@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
-from families import FAMILIES, PRESETS, teacher_folder
+from families import PRESETS, known_families, teacher_folder
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
 from harness.files import (
     Fatal,
@@ -69,9 +69,10 @@ class Model:
         self.config = read_json(self.folder / "transformer" / "config.json")
         index = read_json(self.folder / "model_index.json")
         kind = f"{index.get('_class_name')}{', a timestep per token' if index.get('expand_timesteps') else ''}"
-        if kind not in FAMILIES:
-            raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
-        self.family = FAMILIES[kind]
+        known = known_families()
+        if kind not in known:
+            raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(known)}: see families/__init__.py")
+        self.family = known[kind]
         self.text_length, self.text_dim = self.family.text_length(self.folder), self.config["text_dim"]
         vae = read_json(self.folder / "vae" / "config.json")
         self.latent_shape, self.patch = self.family.shapes(self.config, vae, frames, height, width)

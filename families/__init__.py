@@ -11,7 +11,6 @@ A family is an `nn.Module` that holds a diffusers transformer and offers
 with x_t latents [b, c, f, h, w], sigma [b] in [0, 1], cond a dict of tensors with the batch first, "text" among them.
 And of the class itself
 
-    PRESETS                          {name: (Hub repository or local folder, what its transformer's config must hold)}
     transformer_class, vae_class     the diffusers classes
     lora_layers                      names of the layers that a LoRA is put on
     fps, negative_prompt             frames per second; the prompt of guidance's other half
@@ -22,26 +21,39 @@ And of the class itself
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 
-`wan.py` is the file to copy. To add a family: write its file, name its class in FAMILIES beside the pipeline that its
-model_index.json names, and test it against the stock pipeline as tests/test_runs.py does. No script changes.
+`wan.py` is the file to copy. To add a family: write its file, name its class in known_families beside the pipeline that
+its model_index.json names and its teachers in PRESETS, and test it against the stock pipeline as tests/test_runs.py
+does. No script changes.
 """
 
 from pathlib import Path
 
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers.utils import logging as transformers_logging
 
-from families.wan import Wan
 from harness.files import Fatal, readable
 
-diffusers_logging.set_verbosity_error()
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
+PRESETS = {  # name: (Hub repository or local folder, what its transformer's config holds, its pipeline)
+    "tiny": (str(Path(__file__).resolve().parents[1] / "tiny" / "teacher"),
+             {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 384, "text_dim": 32}, "WanPipeline"),
+    "wan2.1-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+                    {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096}, "WanPipeline"),
+    "wan2.1-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",
+                   {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "text_dim": 4096}, "WanPipeline"),
+}  # fmt: skip
 
-FAMILIES = {"WanPipeline": Wan}
-PRESETS = {name: preset for family in FAMILIES.values() for name, preset in family.PRESETS.items()}
+
+def known_families():
+    """{pipeline: class of its family}. Imported when a model is made: --help need not wait the seconds of diffusers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from families.wan import Wan
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    return {"WanPipeline": Wan}
 
 
 def teacher_folder(teacher):

@@ -1,7 +1,5 @@
 """Wan 2.1 text-to-video. cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -11,21 +9,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from families.latents import latent_shape
 from harness.files import read_json, readable
 
-TINY = str(Path(__file__).resolve().parents[1] / "tiny" / "teacher")
-
 
 class Wan(nn.Module):
-    PRESETS = {  # name: (where it is, what its transformer's config holds)
-        "tiny": (TINY, {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 384, "text_dim": 32}),
-        "wan2.1-1.3b": (
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-            {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096},
-        ),
-        "wan2.1-14b": (
-            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-            {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "text_dim": 4096},
-        ),
-    }
     shapes = staticmethod(latent_shape)
     transformer_class, vae_class = WanTransformer3DModel, AutoencoderKLWan
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]

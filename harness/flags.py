@@ -101,7 +101,7 @@ def recipe_name(teacher):
     if teacher in PRESETS or not config.is_file():
         return teacher
     config = read_json(config)
-    return next((name for name, (_, own) in PRESETS.items() if own.items() <= config.items()), teacher)
+    return next((name for name, (_, own, _) in PRESETS.items() if own.items() <= config.items()), teacher)
 
 
 def with_recipe(Args, recipes, **flags):

@@ -1,6 +1,8 @@
 """The house: who may import whom, how long a file may be, and how much a reader of one method must open."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -130,3 +132,12 @@ def test_what_main_reaches_is_small(script):
             rooms[module] = rooms.get(module, 0) + lines
     print(", ".join(f"{module} {lines}" for module, lines in sorted(rooms.items())), "=", sum(rooms.values()))
     assert sum(rooms.values()) <= REACHED
+
+
+@pytest.mark.parametrize("program", [*SCRIPTS, "eval_vbench", "tools.make_shards", "experiments.evidence"])
+def test_flags_are_read_before_diffusers_is_imported(program):
+    code = (
+        f"import sys, {program}; print([name for name in ('diffusers', 'transformers', 'peft') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
 
 import common  # noqa: E402
-from families import FAMILIES, PRESETS  # noqa: E402
+from families import PRESETS, known_families  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
 
@@ -120,9 +120,10 @@ def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
     if teacher not in PRESETS or teacher == "tiny":
         return common.Model(teacher, frames, height, width)
-    family = next(family for family in FAMILIES.values() if teacher in family.PRESETS)
+    _, config, pipeline = PRESETS[teacher]
+    family = known_families()[pipeline]
     with torch.device("meta"):
-        config = dict(family.transformer_class.from_config(PRESETS[teacher][1]).config)
+        config = dict(family.transformer_class.from_config(config).config)
     shape, patch = family.shapes(config, {}, frames, height, width)
     return SimpleNamespace(
         name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
