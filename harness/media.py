@@ -11,11 +11,12 @@ from fractions import Fraction
 import av
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.files import written_aside
 
-CLIP_GAP, FRAME_GAP, LABEL_CHARS = 8, 1, 24  # contact sheet: pixels, pixels, characters in a line of a label
+# contact sheet: pixels between clips and between frames, characters in a line of a label, pixels of a row's clips
+CLIP_GAP, FRAME_GAP, LABEL_CHARS, ROW_WIDTH = 8, 1, 24, 1100
 
 
 def to_uint8(video):
@@ -84,12 +85,19 @@ def read_mp4(path):
 
 
 def contact_sheet(path, rows, frames=4, scale=None):
-    """Write one PNG: a labelled row of clips for each of rows, a clip shown as evenly spaced frames side by side.
+    """Write the picture of `draw_sheet` as a PNG and return it. The folder must exist."""
+    sheet = draw_sheet(rows, frames, scale)
+    with written_aside(path) as aside:
+        sheet.save(aside, format="PNG")
+    return sheet
 
-    rows: list of (label, clips), clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]. A clip shows its first
-    frame, its last and some between, `frames` in all or all it has. scale: a whole number enlarges by nearest neighbour
-    (crisp pixels), a fraction below 1 shrinks by area averaging, None makes each clip 64 to 128 pixels high. The folder
-    must exist; ValueError if there is nothing to show.
+
+def draw_sheet(rows, frames=4, scale=None):
+    """A picture with a labelled row for each of rows, a list of (label, clips); ValueError if there is none to show.
+
+    clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]; each shows `frames` of its frames, the first and last
+    among them. scale: a whole number enlarges by nearest neighbour, a fraction below 1 shrinks by area averaging, None
+    makes clips 64 to 128 pixels high. Rows that would make the sheet too high stand in columns, and so do wide clips.
     """
     if not rows or not all(len(clips) for _, clips in rows) or frames < 1:
         raise ValueError("a contact sheet needs at least one row, one clip in each row and one frame of each clip")
@@ -99,21 +107,26 @@ def contact_sheet(path, rows, frames=4, scale=None):
     labels = [textwrap.fill(label, LABEL_CHARS) for label in ascii_labels]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [ruler.multiline_textbbox((0, 0), label, font=font) for label in labels]
-    strips = [[_strip(clip, frames, scale) for clip in clips] for _, clips in rows]
-    left = math.ceil(max(box[2] for box in boxes)) + 2 * CLIP_GAP
-    heights = [max(math.ceil(box[3]), *(strip.height for strip in row)) for box, row in zip(boxes, strips, strict=True)]
-    width = left + max(sum(strip.width + CLIP_GAP for strip in row) for row in strips)
-    sheet = Image.new("RGB", (width, CLIP_GAP + sum(height + CLIP_GAP for height in heights)), "white")
-    draw, y = ImageDraw.Draw(sheet), CLIP_GAP
-    for label, row, height in zip(labels, strips, heights, strict=True):
-        draw.multiline_text((CLIP_GAP, y), label, fill="black", font=font)
-        x = left
-        for strip in row:
-            sheet.paste(strip, (x, y))
-            x += strip.width + CLIP_GAP
-        y += height + CLIP_GAP
-    with written_aside(path) as aside:
-        sheet.save(aside, format="PNG")
+    left, drawn = math.ceil(max(box[2] for box in boxes)) + CLIP_GAP, []
+    for label, box, (_, clips) in zip(labels, boxes, rows, strict=True):
+        strips = [_strip(clip, frames, scale) for clip in clips]
+        clips = _columns(strips, ROW_WIDTH // max(strip.width + CLIP_GAP for strip in strips))
+        row = Image.new("RGB", (left + clips.width, max(math.ceil(box[3]), clips.height)), "white")
+        ImageDraw.Draw(row).multiline_text((0, 0), label, fill="black", font=font)
+        row.paste(clips, (left, 0))
+        drawn.append(row)
+    total, widest = sum(row.height for row in drawn), max(row.width for row in drawn)
+    return ImageOps.expand(_columns(drawn, round(math.sqrt(total / widest))), CLIP_GAP, "white")
+
+
+def _columns(pictures, most):
+    """One picture of all, in cells of one size, below each other in `most` columns or fewer, or in one."""
+    down = math.ceil(len(pictures) / max(most, 1))
+    w, h = (max(sizes) + CLIP_GAP for sizes in zip(*(picture.size for picture in pictures)))
+    whole = Image.new("RGB", (math.ceil(len(pictures) / down) * w - CLIP_GAP, down * h - CLIP_GAP), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (i // down * w, i % down * h))
+    return whole
 
 
 def _strip(video, frames, scale):

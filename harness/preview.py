@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
@@ -73,17 +74,18 @@ class Preview:
             captions = [label for label in self.labels for _ in range(clips.shape[1])]
             scores |= measures.summary(clips.flatten(0, 1), captions)
         self.scores[folder.name] = scores
-        shown = {**self.shown, folder.name: clips[:, :4].clone()}  # four clips of each prompt are enough to look at
+        shown = {**self.shown, folder.name: clips[:, :4].clone()}  # of each prompt; two on the sheet
         if fixed:
             self.shown = shown
         folder.mkdir(parents=True, exist_ok=True)
         for p, row in enumerate(shown[folder.name]):
             for s, video in enumerate(row):
                 media.write_mp4(folder / f"{p:02d}_{s}.mp4", video, self.model.fps)
-        rows = [(f"{self.labels[p]}: {key}", shown[key][p]) for p in range(len(clips)) for key in shown]
-        media.contact_sheet(folder.with_suffix(".png"), rows)
+        rows = [(f"{self.labels[p]}: {key}", shown[key][p, :2]) for p in range(len(clips)) for key in shown]
+        sheet = media.contact_sheet(folder.with_suffix(".png"), rows)
         prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with
         self.run.scalars(step, {f"{prefix}/{key}": value for key, value in scores.items()})
+        self.run.writer.add_image(f"{prefix}/sheet", np.asarray(sheet), step, dataformats="HWC")
 
     def table(self):
         """Markdown table of the newest scores beside the teacher's and the data's, also written to previews/."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from evaluation.proxies import colour_spread, temporal_flickering
-from harness.media import CLIP_GAP, FRAME_GAP, contact_sheet, write_mp4
+from harness.media import CLIP_GAP, FRAME_GAP, contact_sheet, draw_sheet, write_mp4
 from harness.metrics import frame_difference, pairwise_rms, preview_metrics, saturation, vendi_score
 from tiny import world as tiny
 
@@ -261,3 +261,20 @@ def test_contact_sheet_refuses(tmp_path, rows):
     with pytest.raises(ValueError):
         contact_sheet(tmp_path / "sheet.png", rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sheet_stays_of_a_size_to_look_at():
+    """36 rows of two clips, and one row of five with eight frames each."""
+    video = noise(3, 9, 32, 32)
+    many = draw_sheet([("a yellow triangle: step_0000250", [video] * 2)] * 36)
+    long = draw_sheet([("a red circle: student", [video] * 5)], frames=8)
+    assert max(many.size) < 1500 and long.width < 1300
+    clip = np.array(draw_sheet([("", [video])], frames=8))[CLIP_GAP:-CLIP_GAP, -CLIP_GAP - 8 * 65 + 1 : -CLIP_GAP]
+    pixels, (high, wide) = np.array(long), clip.shape[:2]
+    shown = sum(
+        (pixels[y : y + high, x : x + wide] == clip).all()
+        for x in (long.width - CLIP_GAP - wide, long.width - 2 * (CLIP_GAP + wide))
+        for y in (CLIP_GAP + i * (high + CLIP_GAP) for i in range(3))
+        if pixels[y : y + high, x : x + wide].shape == clip.shape
+    )
+    assert shown == 5

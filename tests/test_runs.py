@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,6 +68,10 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
         "preview_data/motion",
     } <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss/student")] == [0, 1, 2]
+    assert set(events.Tags()["images"]) == {"preview/sheet", "preview_teacher/sheet", "preview_data/sheet"}
+    sheet = Image.open(run / "previews" / "step_0000003.png")
+    last = events.Images("preview/sheet")[-1]
+    assert last.step == 3 and (last.width, last.height) == sheet.size
 
 
 def test_stock_diffusers_loads_the_student(tmp_path):
