@@ -1,4 +1,4 @@
-# make demo   dmd2.py, then dfd.py on the tiny teacher; a contact sheet and a table beside data and teacher
+# make demo   dmd2.py, then dfd.py on the tiny teacher; a table and their clips beside data and teacher
 # make test   format and lint checks, then the tests
 # make vbench-env   .venv-vbench with VBench 0.1.5 and its own pins, for eval_vbench.py; says which dimensions cannot run
 # The first two make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.

@@ -2,10 +2,11 @@
 
     python experiments/evidence.py runs/dmd2__tiny__* runs/dfd__tiny__* --out runs/evidence
 
-Runs that differ in nothing but --seed (and where they started and were written) are one row; its label is the flags
-that are not the script's recipe. Factors are read from the pixels of clean clips (tiny/measures.py). Every row has the
-same number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that no training
-saw.
+Runs that differ in nothing but --seed (and where they started and were written) are one row. It is named by method and
+sampling steps, and by what tells it from other rows of that name; below the table stand each row's training steps and
+all flags that are not its script's recipe. Factors are read from the pixels of clean clips (tiny/measures.py). Every
+row has the same number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that
+no training saw.
 """
 
 import json
@@ -28,9 +29,9 @@ from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe
 import codmd  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
-from harness.files import Fatal, make_folder, read_json  # noqa: E402
-from harness.finished import load_run, students_of  # noqa: E402
-from harness.media import contact_sheet  # noqa: E402
+from harness.files import Fatal, make_folder, read_json, written_aside  # noqa: E402
+from harness.finished import load_run, noise_levels, students_of  # noqa: E402
+from harness.media import contact_sheet, draw_sheet  # noqa: E402
 from harness.metrics import preview_metrics  # noqa: E402
 from tiny import measures  # noqa: E402
 from tiny import world as tiny  # noqa: E402
@@ -38,6 +39,8 @@ from tiny import world as tiny  # noqa: E402
 # flags that say where and how long to look, not what was trained
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "max_hours"}
 ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
+METHODS = {"dmd": "DMD", "dmd2": "DMD2", "dfd": "DFD", "codmd": "CoDMD", "phased_dmd": "Phased DMD"}
+SHOWN = (0, 4, 11)  # captions on the sheet
 COLUMNS = {
     "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
@@ -61,7 +64,7 @@ class Args:
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
-    """Folder for table.md, sheet.png and runs.json (the runs compared)."""
+    """Folder for table.md, sheet.png, clips.webp (the sheet's clips, moving) and runs.json (the runs compared)."""
 
 
 def factors_of(clips):
@@ -124,29 +127,46 @@ def measure(clips, reference):
     return row
 
 
-def label(script, args, step):
-    """The script, its steps, and the flags that are not its recipe's."""
+def counted(steps):
+    return f"{steps} step" + ("s" if steps > 1 else "")
+
+
+def description(script, args, step):
+    """What a row is, a list of words: method and sampling steps, script, training steps, the flags that are not its
+    recipe's, and where it started.
+    """
     recipe = vars(with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
     changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
-    name = f"{script.__name__.removeprefix('experiments.')}.py, {step} steps"
-    return name + "".join(f", {flag}" for flag in sorted(changed)) + started_from(args.init)
+    file = script.__name__.removeprefix("experiments.")
+    sampled = counted(sum(map(len, noise_levels(script, args))))
+    name = f"{'+ ' if args.init else ''}{METHODS.get(file, f'{file}.py')}, {sampled}"
+    return [name, f"{file}.py", f"{step} training steps", *sorted(changed), *started_from(args.init)]
 
 
 def started_from(init):
-    """Where a run started is part of what it is: ", from (that run's label)". Its seed and time are not."""
+    """Where a run started is part of what it is: ["from (that run's description)"]. Its seed and time are not."""
     if not init:
-        return ""
+        return []
     folders = [folder for folder in (Path(init), *Path(init).parents) if (folder / "args.json").is_file()]
     if not folders:  # a student alone, or a run that is gone
-        return f", from {Path(init).name}"
+        return [f"from {Path(init).name}"]
     script, args, checkpoint = load_run(folders[0])
     here = [part for part in Path(init).parts if part.startswith("step_")]
     step = int(here[0].removeprefix("step_")) if here else read_json(checkpoint / "checkpoint.json")["step"]
-    return f", from ({label(script, args, step)})"
+    return [f"from ({', '.join(description(script, args, step)[1:])})"]
+
+
+def labels(descriptions):
+    """{description: label} of tuples of words: the first word, and those that tell it from others of the same first."""
+    named = {}
+    for words in descriptions:
+        shared = set.intersection(*(set(other) for other in descriptions if other[0] == words[0]))
+        named[words] = ", ".join([words[0], *(word for word in words if word not in shared)])
+    return named
 
 
 def load_all(folders):
-    """[(label, script, args, checkpoint)] of run folders; one line unless they fit into one table."""
+    """[(description, script, args, checkpoint)] of run folders; one line unless they fit into one table."""
     if not folders:
         raise Fatal("name at least one run folder")
     loaded, seen = [load_run(folder) for folder in folders], {}
@@ -157,12 +177,12 @@ def load_all(folders):
             raise Fatal(f"{folder} and {folders[0]} have different teachers: one table, one teacher")
     rows = []
     for folder, (script, args, checkpoint) in zip(folders, loaded):
-        name = label(script, args, read_json(checkpoint / "checkpoint.json")["step"])
-        name += ", not averaged" if folder.endswith(":raw") else ""
-        other = seen.setdefault((name, args.seed), folder)
+        words = description(script, args, read_json(checkpoint / "checkpoint.json")["step"])
+        words = (*words, "not averaged") if folder.endswith(":raw") else tuple(words)
+        other = seen.setdefault((words, args.seed), folder)
         if other != folder:
             raise Fatal(f"{folder} and {other} are the same run twice (seed {args.seed}): name one of them")
-        rows.append((name, script, args, checkpoint))
+        rows.append((words, script, args, checkpoint))
     return rows
 
 
@@ -180,12 +200,22 @@ def table_of(rows, transpose):
     return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
 
 
+def write_clips(path, shown, fps):
+    """The sheet's clips, moving: an animated WebP with a row for each of shown, {label: clips [p, s, 3, f, h, w]}."""
+    rows = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
+    length = rows[0][1].shape[2]
+    first, *others = [draw_sheet([(name, clips[:, :, t : t + 1]) for name, clips in rows]) for t in range(length)]
+    with written_aside(path) as aside:
+        first.save(aside, "WebP", save_all=True, append_images=others, duration=1000 // fps, loop=0, quality=90)
+
+
 @torch.no_grad()
 def main(args):
     check_flags(args)
     if not args.teacher_steps:
         raise Fatal("--teacher-steps must be at least one number")
     runs = load_all(args.runs)
+    names = labels([words for words, *_ in runs])
     make_folder(args.out, hint="; see --out")
     _, _, first, checkpoint = runs[0]
     device = common.init_distributed()
@@ -235,17 +265,19 @@ def main(args):
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     for steps, guidance in dict.fromkeys([*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]):
         for seed in range(args.repeats):
-            add(f"teacher, {steps} steps, guidance {guidance:g}", sample(euler(steps, guidance), seed))
-    for folder, (name, script, run_args, checkpoint) in zip(args.runs, runs):
+            add(f"teacher, {counted(steps)}, guidance {guidance:g}", sample(euler(steps, guidance), seed))
+    for folder, (words, script, run_args, checkpoint) in zip(args.runs, runs):
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
-        add(name, sample(partial(script.sample_student, students, shape=shape, args=run_args), run_args.seed))
+        add(names[words], sample(partial(script.sample_student, students, shape=shape, args=run_args), run_args.seed))
 
-    lines = table_of(rows, args.transpose)
+    below = [f'- "{name}": {", ".join(words[1:])}' for words, name in names.items()]
+    lines = [*table_of(rows, args.transpose), "", *below]
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in (0, 4, 11) for name, clips in shown.items()]
+    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
     contact_sheet(args.out / "sheet.png", picked)
+    write_clips(args.out / "clips.webp", shown, model.fps)
     (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
-    print("\n".join(lines) + f"\n\n{args.out / 'table.md'} and sheet.png beside it")
+    print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; sheet.png and clips.webp (moving) beside it")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from PIL import Image
 from safetensors.torch import load_file
 
 import codmd
@@ -77,23 +78,43 @@ def test_a_small_table(tmp_path, capsys):
     runs = [str(path) for path in sorted(tmp_path.glob("d*__*")) + sorted(tmp_path.glob("*/dfd__*"))]
     runs += [str(path) for path in tmp_path.glob("finetune__*")]
     evidence.main(evidence.Args(runs=tuple(runs), seeds=2, repeats=2, teacher_steps=(2,), out=tmp_path / "out"))
-    parent = "from (dmd2.py, 2 steps, batch_size 2, gan_weight 0.0)"
-    rows = [line.split("|")[1:3] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
+    table, _, below = (tmp_path / "out" / "table.md").read_text().partition("\n\n")
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
     assert [(name.strip(), int(seeds)) for name, seeds in rows] == [
         ("data", 2),
         ("teacher, 2 steps, guidance 2", 2),
         ("teacher, 2 steps, guidance 1", 2),
-        ("dmd2.py, 2 steps, batch_size 2, gan_weight 0.0", 2),
-        (f"dfd.py, 1 steps, batch_size 2, {parent}", 1),
-        (f"dfd.py, 1 steps, batch_size 2, data_prob 1.0, {parent}", 1),
-        (f"finetune.py, 6 steps, batch_size 2, {parent}", 1),
+        ("DMD2, 4 steps", 2),
+        ("+ DFD, 4 steps", 1),
+        ("+ DFD, 4 steps, data_prob 1.0", 1),
+        ("+ finetune.py, 4 steps", 1),
     ]
+    parent = "from (dmd2.py, 2 training steps, batch_size 2, gan_weight 0.0)"
+    assert below.splitlines() == [
+        '- "DMD2, 4 steps": dmd2.py, 2 training steps, batch_size 2, gan_weight 0.0',
+        f'- "+ DFD, 4 steps": dfd.py, 1 training steps, batch_size 2, {parent}',
+        f'- "+ DFD, 4 steps, data_prob 1.0": dfd.py, 1 training steps, batch_size 2, data_prob 1.0, {parent}',
+        f'- "+ finetune.py, 4 steps": finetune.py, 6 training steps, batch_size 2, {parent}',
+    ]
+    with Image.open(tmp_path / "out" / "clips.webp") as moving:
+        assert moving.n_frames == tiny.FRAMES and moving.info["loop"] == 0
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
     (tuned,) = tmp_path.glob("finetune__*")
     assert (tuned / "finetune.py").is_file()
     exported = "student/transformer/diffusion_pytorch_model.safetensors"
     before, after = (load_file(next(run.glob(f"checkpoints/*/{exported}"))) for run in (first, tuned))
     assert not same(before, after)
+
+
+def test_labels_say_what_tells_rows_apart():
+    rows = [("DMD2, 4 steps", "dmd2.py", f"{n} training steps", "batch_size 2") for n in (200, 500)]
+    rows += [(*rows[1], "not averaged"), ("DMD, 1 step", "dmd.py", "9 training steps", "lr 0.1")]
+    assert list(evidence.labels(rows).values()) == [
+        "DMD2, 4 steps, 200 training steps",
+        "DMD2, 4 steps, 500 training steps",
+        "DMD2, 4 steps, 500 training steps, not averaged",
+        "DMD, 1 step",
+    ]
 
 
 def test_the_same_run_twice(tmp_path, fails):
@@ -118,7 +139,7 @@ def test_one_table_has_one_teacher(tmp_path, fails):
     runs = (str(moved), *runs[1:])
     evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count("| teacher, 1 steps, guidance 1 | 1 |") == 1  # guidance 1 is no second row of these runs
+    assert table.count("| teacher, 1 step, guidance 1 | 1 |") == 1  # guidance 1 is no second row of these runs
     (tmp_path / "file").touch()
     fails(lambda: evidence.main(evidence.Args(runs=runs[:1], out=tmp_path / "file")), "cannot write", "--out")
 
@@ -146,7 +167,8 @@ def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
     assert script is dmd2 and args.student_sigmas == (1.0, 0.9, 0.75, 0.5)  # a tuple again
     assert load_run(f"{checkpoint}:raw") == (script, args, checkpoint)
     evidence.main(evidence.Args(runs=(str(run),), seeds=1, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
-    assert "| dmd2.py, 1 steps, batch_size 2, gan_weight 0.0 | 1 |" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| DMD2, 4 steps | 1 |" in table and "dmd2.py, 1 training steps, batch_size 2, gan_weight 0.0" in table
     path = run / "checkpoints" / "step_0000001" / "args.json"
     record = json.loads(path.read_text())
     for changed, words in (({"script": "os"}, "no script that is here"), ({"cfg": 1}, "does not fit today's dmd2.py")):
@@ -209,7 +231,8 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     assert set(taken) == {dmd2.RECIPES["tiny"]["student_sigmas"]} and len(taken) == 3  # one student step, two others
     (run,) = tmp_path.glob("vanilla__*")
     script, args, _ = load_run(run)
-    assert (run / "vanilla.py").is_file() and evidence.label(script, args, 2).startswith("vanilla.py, 2 steps")
+    words = evidence.description(script, args, 2)
+    assert (run / "vanilla.py").is_file() and words[:3] == ["vanilla.py, 4 steps", "vanilla.py", "2 training steps"]
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
 
 
