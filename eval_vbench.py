@@ -41,7 +41,7 @@ from evaluation.folder import (
 )
 from evaluation.ledger import Ledger, write_json, write_text
 from evaluation.proxies import feature_diversity, feature_model, measure, temporal_flickering
-from evaluation.report import collect, markdown
+from evaluation.report import collect, markdown, summary
 from evaluation.sampling import Noise, Source, configuration, sampler
 from harness.checkpoints import check_checkpoint
 from harness.files import Fatal, make_folder, read_json
@@ -331,7 +331,8 @@ def score(args):
             result = vbench.run_dimension(python, dimension, info, args.out / "videos", files, work)
         rejected += [dimension] if result.get("rejected") else []
         write_json(path, result | {"videos": of_videos, "versions": (environment or {}).get("versions")})
-        print(f"{dimension}: {result.get('raw', 'not run: ' + str(result.get('reason')))}", flush=True)
+        if not reason:
+            print(f"{dimension}: {result.get('raw', 'rejected: ' + str(result.get('reason')))}", flush=True)
     return rejected
 
 
@@ -367,7 +368,7 @@ def report(args):
     # NaN is no JSON
     write_json(args.out / "results.json", json.loads(json.dumps(results), parse_constant=lambda _: None))
     write_text(args.out / "results.md", markdown(results, other))
-    print(f"{markdown(results, other)}\n{args.out / 'results.md'}, results.json and sheets/ beside it")
+    print(f"{summary(results, other)}\n\n{args.out / 'results.md'}, results.json and sheets/ beside it")
 
 
 def main(args):
@@ -375,6 +376,8 @@ def main(args):
     rejected = []
     if args.command in ("generate", "all"):
         generate(args)
+        if dist.get_rank() == 0:
+            print(f"videos: {args.out / 'videos'}, one row each in {args.out / 'manifest.jsonl'}", flush=True)
     if args.command in ("score", "all"):
         rejected = score(args)
     if args.command in ("report", "all") and int(os.environ.get("RANK", 0)) == 0:

@@ -91,9 +91,28 @@ def noise_verdict(difference, error):
 
 def markdown(results, other):
     """results.md. other: results of --compare, or None."""
+    return "\n".join([
+        *heading(results), *weight_free(results, other), *dimensions(results, other, list(results["dimensions"])),
+        "temporal_flickering is over all samples, without VBench's optional filter for static videos.", "",
+        *totals(results, other),
+    ])  # fmt: skip
+
+
+def summary(results, other):
+    """What of results.md was measured, and in one line what was not."""
+    measured = [name for name, row in results["dimensions"].items() if "raw" in row]
+    lines, withheld = heading(results) + weight_free(results, other), results["totals"].get("withheld")
+    lines += dimensions(results, other, measured) if measured else []
+    lines += [] if withheld else totals(results, other)
+    missing = len(results["dimensions"]) - len(measured)
+    lines += [f"{missing} of VBench's 16 dimensions were not run; results.md has the reasons."] if missing else []
+    return "\n".join(lines + ([f"No totals: {withheld}."] if withheld and not missing else []))
+
+
+def heading(results):
     config, partial = results["config"], " (PARTIAL)" if results["partial"] else ""
     named = "VBench's prompts" if results["vbench_list"] else "not VBench's prompts"
-    lines = [
+    return [
         f"# VBench of a {config['role']}{partial}", "",
         f"{results['videos']} of {results['expected']} videos, {named}, {config['samples']} samples a prompt, base "
         f"seed {config['seed']}. {config['script']}, checkpoint {config['checkpoint']}, teacher {config['teacher']}, "
@@ -101,40 +120,54 @@ def markdown(results, other):
         f"{config['height']} x {config['width']} at {config['fps']} fps, libx264 crf {config['video']['crf']}. "
         f"Configuration {results['hash']}, revision {results['revision']}.", "",
     ]  # fmt: skip
-    against = f" {other['config']['role']} |" if other else ""
-    lines += [f"| dimension | raw{partial} | normalised | n of expected | by |{against}"]
+
+
+def weight_free(results, other):
+    """Our metrics, a table."""
+    partial, against = " (PARTIAL)" if results["partial"] else "", f" {other['config']['role']} |" if other else ""
+    lines = [f"| weight-free{partial} | mean over prompts | n of expected |{against}"]
+    lines += ["|---|---:|---:|" + ("---:|" if other else "")]
+    for name, row in results["proxies"].items():
+        cells = [name, figure(row, "value"), f"{row['n']} of {row['expected']}"]
+        lines.append(f"| {' | '.join(cells + ([figure(other['proxies'].get(name), 'value')] if other else []))} |")
+    return [*lines, "", "The proxies are ours; no Total contains them. ± is one standard error, by prompt.", ""]
+
+
+def dimensions(results, other, names):
+    """VBench's dimensions of these names, a table."""
+    partial, against = " (PARTIAL)" if results["partial"] else "", f" {other['config']['role']} |" if other else ""
+    lines = [f"| dimension | raw{partial} | normalised | n of expected | by |{against}"]
     lines += ["|---|---|---:|---:|---|" + ("---|" if other else "")]
-    for name, row in results["dimensions"].items():
+    for name in names:
+        row = results["dimensions"][name]
         normalised = f"{row['normalised']:.4f}" if "raw" in row else ""
         cells = [name, figure(row), normalised, f"{row.get('n', 0)} of {row['expected']}", row.get("by", "")]
         lines.append(f"| {' | '.join(cells + ([figure(other['dimensions'][name])] if other else []))} |")
-    lines += ["", "temporal_flickering is over all samples, without VBench's optional filter for static videos.", ""]
-    lines += [
+    return [*lines, ""]
+
+
+def totals(results, other):
+    """Totals of this evaluation, of --compare and of papers, a table."""
+    lines = [
         "| Totals, % | Quality | Semantic | Total | source | this Total minus it |",
         "|---|---:|---:|---:|---|---|",
     ]
     own, rows = results["totals"], [("this evaluation", results["totals"], f"configuration {results['hash']}")]
     if other:
         rows.append((f"--compare, {other['config']['role']}", other["totals"], f"configuration {other['hash']}"))
-    for label, quality, semantic, points, source in vbench.PUBLISHED:
-        given = {"Quality": quality, "Semantic": semantic, "Total": points}
+    for label, quality, semantic, total, source in vbench.PUBLISHED:
+        given = {"Quality": quality, "Semantic": semantic, "Total": total}
         rows.append((label, {k: {"value": v} for k, v in given.items() if v is not None}, source))
-    for label, totals, source in rows:
+    for label, points, source in rows:
         cells = [
-            figure(totals[k], "value", 2) if k in totals else "not in our notes"
+            figure(points[k], "value", 2) if k in points else "not in our notes"
             for k in ("Quality", "Semantic", "Total")
         ]
-        if "withheld" in totals:
-            cells = [f"withheld: {totals['withheld']}", "", ""]
+        if "withheld" in points:
+            cells = [f"withheld: {points['withheld']}", "", ""]
         verdict = ""
-        if totals is not own and "Total" in own and "Total" in totals:
-            errors = [t["Total"].get("standard_error", 0.0) for t in (own, totals)]
-            verdict = noise_verdict(own["Total"]["value"] - totals["Total"]["value"], math.hypot(*errors))
+        if points is not own and "Total" in own and "Total" in points:
+            errors = [t["Total"].get("standard_error", 0.0) for t in (own, points)]
+            verdict = noise_verdict(own["Total"]["value"] - points["Total"]["value"], math.hypot(*errors))
         lines.append(f"| {' | '.join([label, *cells, source, verdict])} |")
-    lines += ["", vbench.PUBLISHED_NOTE, "", f"| weight-free{partial} | mean over prompts | n of expected |{against}"]
-    lines += ["|---|---:|---:|" + ("---:|" if other else "")]
-    for name, row in results["proxies"].items():
-        cells = [name, figure(row, "value"), f"{row['n']} of {row['expected']}"]
-        lines.append(f"| {' | '.join(cells + ([figure(other['proxies'].get(name), 'value')] if other else []))} |")
-    lines += ["", "The proxies are ours; no Total contains them. ± is one standard error, by prompt.", ""]
-    return "\n".join(lines)
+    return [*lines, "", vbench.PUBLISHED_NOTE, ""]

@@ -364,7 +364,7 @@ def test_the_sample_is_the_students(whole, run):
     assert (video - media.read_mp4(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them
 
 
-def test_report_says_what_was_not_run(whole):
+def test_report_says_what_was_not_run(whole, run, capsys):
     results = json.loads((whole / "results.json").read_text())
     text = (whole / "results.md").read_text()
     assert not results["partial"] and (results["videos"], results["expected"]) == (12, 12)
@@ -375,6 +375,12 @@ def test_report_says_what_was_not_run(whole):
         assert results["proxies"][f"proxy/{name}"]["n"] == 6
     assert results["proxies"]["proxy/diversity"]["value"] > 0.001
     assert [path.name for path in (whole / "sheets").iterdir()] == ["0000.png"]
+    eval_vbench.main(args(run, whole, "report", prompts=str(whole.parent / "prompts.txt")))
+    said = capsys.readouterr().out
+    assert (
+        said.count("not run") == 1 and "16 of VBench's 16 dimensions were not run; results.md has the reasons" in said
+    )
+    assert "| proxy/diversity |" in said and "| scene |" not in said and "84.46" not in said
 
 
 def test_killed_and_resumed_is_the_same(whole, run, tmp_path):
