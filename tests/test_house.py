@@ -31,6 +31,8 @@ LONGEST = {
     "common": 430,
     "eval_vbench": 450,
 }
+# what a user starts, beside the scripts: these, and what stands in these rooms itself; all else is a library
+PROGRAMS, PROGRAM_ROOMS = {"eval_vbench", "tiny.train", "prompts.compose", "docs.diffs"}, ("tools", "experiments")
 FAMILY, READ, REACHED = 110, 870, 1890
 
 
@@ -132,6 +134,13 @@ def test_what_main_reaches_is_small(script):
             rooms[module] = rooms.get(module, 0) + lines
     print(", ".join(f"{module} {lines}" for module, lines in sorted(rooms.items())), "=", sum(rooms.values()))
     assert sum(rooms.values()) <= REACHED
+
+
+@pytest.mark.parametrize("name", sorted(files()))
+def test_programs_stand_where_programs_are(name):
+    in_room = name.rpartition(".")[0] in PROGRAM_ROOMS and files()[name].name != "__init__.py"
+    wanted = name in PROGRAMS | set(SCRIPTS) or in_room
+    assert ('if __name__ == "__main__":' in files()[name].read_text()) == wanted
 
 
 def test_flags_are_read_before_diffusers_is_imported():

@@ -17,8 +17,8 @@ from harness.media import write_mp4
 from tests.conftest import ROOT, only_run, small_args
 from tiny import world as tiny
 from tools import make_shards
-from tools.clips import find_clips, read_table
-from tools.video import Unreadable, read_clip
+from tools.video_in.clips import find_clips, read_table
+from tools.video_in.video import Unreadable, read_clip
 
 
 @pytest.fixture

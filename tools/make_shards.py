@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
 from harness.files import Fatal, hashed, make_folder, opened, stamps, write_shard, written_aside  # noqa: E402
-from tools.clips import SUFFIXES, find_clips  # noqa: E402
-from tools.video import Unreadable, read_clip  # noqa: E402
+from tools.video_in.clips import SUFFIXES, find_clips  # noqa: E402
+from tools.video_in.video import Unreadable, read_clip  # noqa: E402
 
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
 LISTED = 20  # skipped clips that are printed; skipped.txt has all
