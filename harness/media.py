@@ -119,11 +119,11 @@ def draw_sheet(rows, frames=4, scale=None):
     return ImageOps.expand(_columns(drawn, round(math.sqrt(total / widest))), CLIP_GAP, "white")
 
 
-def _columns(pictures, most):
+def _columns(pictures, most, gap=CLIP_GAP):
     """One picture of all, in cells of one size, below each other in `most` columns or fewer, or in one."""
     down = math.ceil(len(pictures) / max(most, 1))
-    w, h = (max(sizes) + CLIP_GAP for sizes in zip(*(picture.size for picture in pictures)))
-    whole = Image.new("RGB", (math.ceil(len(pictures) / down) * w - CLIP_GAP, down * h - CLIP_GAP), "white")
+    w, h = (max(sizes) + gap for sizes in zip(*(picture.size for picture in pictures)))
+    whole = Image.new("RGB", (math.ceil(len(pictures) / down) * w - gap, down * h - gap), "white")
     for i, picture in enumerate(pictures):
         whole.paste(picture, (i // down * w, i % down * h))
     return whole
@@ -139,10 +139,5 @@ def _strip(video, frames, scale):
         raise ValueError(f"scale is a whole number, or a fraction below 1, got {scale}")
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     shown = torch.linspace(0, f - 1, min(frames, f)).round().int().tolist()
-    strip = Image.new("RGB", (len(shown) * (size[0] + FRAME_GAP) - FRAME_GAP, size[1]), "white")
-    for i, t in enumerate(shown):
-        frame = Image.fromarray(pixels[t]).resize(
-            size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-        )
-        strip.paste(frame, (i * (size[0] + FRAME_GAP), 0))
-    return strip
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    return _columns([Image.fromarray(pixels[t]).resize(size, method) for t in shown], len(shown), FRAME_GAP)
