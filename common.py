@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
-from families import PRESETS, known_families, teacher_folder
+from families import PRESETS, teacher_folder
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
 from harness.files import (
     Fatal,
@@ -69,10 +69,11 @@ class Model:
         self.config = read_json(self.folder / "transformer" / "config.json")
         index = read_json(self.folder / "model_index.json")
         kind = f"{index.get('_class_name')}{', a timestep per token' if index.get('expand_timesteps') else ''}"
-        known = known_families()
-        if kind not in known:
-            raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(known)}: see families/__init__.py")
-        self.family = known[kind]
+        from families.classes import FAMILIES
+
+        if kind not in FAMILIES:
+            raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
+        self.family = FAMILIES[kind]
         self.text_length, self.text_dim = self.family.text_length(self.folder), self.config["text_dim"]
         vae = read_json(self.folder / "vae" / "config.json")
         self.latent_shape, self.patch = self.family.shapes(self.config, vae, frames, height, width)
@@ -372,10 +373,11 @@ def load_data(model, prompts, data, cache, device, seed):
 
 def tell_what_is_lost(model, prompts):
     """Print how many prompts the text encoder does not take whole, if any."""
-    tokens = model.family.tokenizer(model.folder)(prompts)
+    tokenizer = model.family.tokenizer(model.folder)
+    tokens = tokenizer(prompts, verbose=False).input_ids
     for lost, why in (
         ([len(row) > model.text_length for row in tokens], f"are cut at the text encoder's {model.text_length} tokens"),
-        ([None in row for row in tokens], "have words that the tokenizer does not know"),
+        ([tokenizer.unk_token_id in row for row in tokens], "have words that the tokenizer does not know"),
     ):
         if any(lost):
             print(f"{sum(lost)} of {len(prompts)} prompts {why}, the first: {prompts[lost.index(True)][:80]!r}")

@@ -16,14 +16,14 @@ And of the class itself
     fps, negative_prompt             frames per second; the prompt of guidance's other half
     shapes(config, vae, frames, height, width)       latent shape (c, f, h, w) and patch size, or Fatal
     text_length(folder)              tokens that every prompt is padded to
-    tokenizer(folder)                a function: list of prompts -> lists of token ids, not cut, None if unknown
+    tokenizer(folder)                the text encoder's tokenizer, of transformers
     text_encoder(folder, device)     a function: list of prompts -> list of embeddings [tokens, d]
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 
-`wan.py` is the file to copy. To add a family: write its file, name its class in known_families beside the pipeline that
-its model_index.json names and its teachers in PRESETS, and test it against the stock pipeline as tests/test_runs.py
-does. No script changes.
+`wan.py` is the file to copy. To add a family: write its file, name its class in classes.py beside the pipeline that its
+model_index.json names and its teachers in PRESETS, and test it against the stock pipeline as tests/test_runs.py does.
+No script changes.
 """
 
 from pathlib import Path
@@ -41,19 +41,6 @@ PRESETS = {  # name: (Hub repository or local folder, what its transformer's con
     "wan2.1-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers",
                    {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "text_dim": 4096}, "WanPipeline"),
 }  # fmt: skip
-
-
-def known_families():
-    """{pipeline: class of its family}. Imported when a model is made: --help need not wait the seconds of diffusers."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    from families.wan import Wan
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    return {"WanPipeline": Wan}
 
 
 def teacher_folder(teacher):

@@ -56,20 +56,17 @@ class Wan(nn.Module):
 
     @staticmethod
     def tokenizer(folder):
-        """A function: list of n prompts -> list of n lists of token ids in full length, None for an unknown word."""
+        """The text encoder's tokenizer, of transformers."""
         with readable(folder / "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        ids = lambda prompts: tokenizer([prompt_clean(prompt) for prompt in prompts], verbose=False).input_ids
-        return lambda prompts: [[None if i == tokenizer.unk_token_id else i for i in row] for row in ids(prompts)]
+            return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     @staticmethod
     def text_encoder(folder, device):
         """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with readable(folder):
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        with readable(folder / "text_encoder"):
             encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
-        length = Wan.text_length(folder)
+        tokenizer, length = Wan.tokenizer(folder), Wan.text_length(folder)
 
         @torch.no_grad()
         def encode(prompts):

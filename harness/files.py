@@ -1,6 +1,5 @@
 """Files that are there whole or not at all, and the error that ends in one line. Imports nothing of this repository."""
 
-import csv
 import errno
 import hashlib
 import json
@@ -39,61 +38,24 @@ def read_json(path):
         raise Fatal(f"cannot read {path}: {error}") from None
 
 
-PATH_COLUMNS = ("file_name", "path", "video", "file")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-
-
-def read_rows(path):
-    """[(line number, dict)] of a UTF-8 table: JSON objects, one a line, or CSV with a header (tabs or ; will do)."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
-        if lines and lines[0].lstrip().startswith("{"):
-            rows = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
-        else:
-            delimiter = max(",;\t", key=(lines or [""])[0].count)
-            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, csv.Error) as error:
-        raise Fatal(f"cannot read {path} as JSONL or CSV: {getattr(error, 'strerror', None) or error}") from None
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise Fatal(f"{path}, line {number}: no JSON object")
-    return rows
-
-
-def first_of(row, columns):
-    """The text in the first of `columns` that a table's row has, stripped; None if there is none."""
-    value = next((row[name] for name in columns if name in row), None)
-    return value.strip() or None if isinstance(value, str) else None
-
-
-def is_table(path, text):
-    """Whether a file is a table of captions and not plain lines: by its suffix, or by a header that names them."""
-    header = {cell.strip().lower() for cell in re.split("[,;\t]", text.partition("\n")[0])}
-    named = header.intersection(CAPTION_COLUMNS) and header.intersection(PATH_COLUMNS)
-    return Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl") or bool(named)
-
-
 def read_prompts(path):
-    """Prompts of a UTF-8 text file (with or without a byte order mark), one per line, or of a table's captions."""
+    """Prompts of a UTF-8 text file (with or without a byte order mark), one per line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         prompts = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Fatal(f"cannot read the prompts in {path}: {reason}") from None
-    if "\0" in text:
-        raise Fatal(f"{path} is no text file: it holds NUL characters")
-    lines = range(1, len(prompts) + 1)
-    if is_table(path, text):
-        rows = read_rows(path)
-        lines, prompts = [line for line, _ in rows], [first_of(row, CAPTION_COLUMNS) or "" for _, row in rows]
-        if prompts and not any(prompts):
-            raise Fatal(f"{path} has no captions; they are read from a column {', '.join(CAPTION_COLUMNS)}")
     if not prompts:
         raise Fatal(f"{path} holds no prompts: write one per line")
+    if "\0" in text:
+        raise Fatal(f"{path} is no text file: it holds NUL characters")
     if "" in prompts:
-        raise Fatal(f"{path}: line {lines[prompts.index('')]} is an empty prompt")
+        raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
+    header = re.split("[,;\t]", prompts[0].lower())
+    named = len(header) > 1 and {"caption", "text", "prompt"}.intersection(header)
+    if named or Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl"):
+        raise Fatal(f"{path} is a table: write its captions into a text file, one prompt per line")
     return prompts
 
 

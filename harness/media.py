@@ -25,9 +25,8 @@ def to_uint8(video):
         raise ValueError(f"expected a video [3, f, h, w], got {list(video.shape)}")
     if not video.isfinite().all():
         raise ValueError("the video has pixels that are not finite")
-    return (
-        rearrange((video.detach().float().clamp(0, 1) * 255).round().byte(), "c f h w -> f h w c").cpu().numpy().copy()
-    )
+    codes = (video.detach().float().clamp(0, 1) * 255).round().byte()
+    return rearrange(codes, "c f h w -> f h w c").cpu().numpy().copy()
 
 
 def h264_options(h, w):
@@ -84,20 +83,19 @@ def read_mp4(path):
     return rearrange(torch.stack(frames), "f h w c -> c f h w").float() / 255
 
 
-def contact_sheet(path, rows, frames=4, scale=None):
+def contact_sheet(path, rows, frames=4):
     """Write the picture of `draw_sheet` as a PNG and return it. The folder must exist."""
-    sheet = draw_sheet(rows, frames, scale)
+    sheet = draw_sheet(rows, frames)
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
     return sheet
 
 
-def draw_sheet(rows, frames=4, scale=None):
+def draw_sheet(rows, frames=4):
     """A picture with a labelled row for each of rows, a list of (label, clips); ValueError if there is none to show.
 
     clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]; each shows `frames` of its frames, the first and last
-    among them. scale: a whole number enlarges by nearest neighbour, a fraction below 1 shrinks by area averaging, None
-    makes clips 64 to 128 pixels high. Rows that would make the sheet too high stand in columns, and so do wide clips.
+    among them, 64 to 128 pixels high. Rows that would make the sheet too high stand in columns, and so do wide clips.
     """
     if not rows or not all(len(clips) for _, clips in rows) or frames < 1:
         raise ValueError("a contact sheet needs at least one row, one clip in each row and one frame of each clip")
@@ -109,7 +107,7 @@ def draw_sheet(rows, frames=4, scale=None):
     boxes = [ruler.multiline_textbbox((0, 0), label, font=font) for label in labels]
     left, drawn = math.ceil(max(box[2] for box in boxes)) + CLIP_GAP, []
     for label, box, (_, clips) in zip(labels, boxes, rows, strict=True):
-        strips = [_strip(clip, frames, scale) for clip in clips]
+        strips = [_strip(clip, frames) for clip in clips]
         clips = _columns(strips, ROW_WIDTH // max(strip.width + CLIP_GAP for strip in strips))
         row = Image.new("RGB", (left + clips.width, max(math.ceil(box[3]), clips.height)), "white")
         ImageDraw.Draw(row).multiline_text((0, 0), label, fill="black", font=font)
@@ -129,14 +127,11 @@ def _columns(pictures, most, gap=CLIP_GAP):
     return whole
 
 
-def _strip(video, frames, scale):
+def _strip(video, frames):
     """One clip [3, f, h, w] as an image of min(frames, f) evenly spaced frames side by side."""
     pixels = to_uint8(video)
     f, h, w, _ = pixels.shape
-    if scale is None:
-        scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)
-    if scale <= 0 or (scale > 1 and scale != int(scale)):
-        raise ValueError(f"scale is a whole number, or a fraction below 1, got {scale}")
+    scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)  # whole pixels where it enlarges
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     shown = torch.linspace(0, f - 1, min(frames, f)).round().int().tolist()
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX

@@ -55,8 +55,7 @@ class Run:
         self.cache = Path(args.runs_dir) / "cache"
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         if args.resume:
-            where = (args.runs_dir, self.script.stem, args.teacher, args.seed)
-            self.checkpoint = find_checkpoint(*where, args.resume)
+            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
             self.step, self.world = record["step"], record["world_size"]
             self.check_resumed(args)
@@ -125,7 +124,6 @@ class Run:
 
     def describe(self, resumed):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
-        record = self.folder / "args.json"
         before = read_json(self.checkpoint.parents[1] / "args.json") if self.checkpoint else self.args
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
@@ -137,15 +135,14 @@ class Run:
         if self.checkpoint and not resumed:
             print(f"{self.checkpoint} is not the last of its run: going on from it in a new one, {self.folder}")
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with
-            record.write_text(json.dumps(self.args, indent=2) + "\n")
+            (self.folder / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
         (self.folder / "revision.txt").write_text(git_revision())
         shutil.copy(self.script, self.folder)
         if self.track:
             import wandb
 
-            name = self.folder.name
-            self.wandb = wandb.init(project="video-distillation", id=name, config=self.args, resume="allow",
-                                    sync_tensorboard=True)  # fmt: skip
+            about = {"project": "video-distillation", "id": self.folder.name, "config": self.args}
+            self.wandb = wandb.init(**about, resume="allow", sync_tensorboard=True)
 
     def on_signal(self, number, frame):
         """Stop after this step. Ctrl-C again, later than torchrun repeats it to its processes, does not wait for it."""

@@ -251,7 +251,7 @@ def test_contact_sheet_dimensions_and_pixels(tmp_path):
     assert one[:, :left].min() < 100 and (one[:, left - CLIP_GAP : left] == 255).all()
     # shrunk, fewer frames than asked for, tall labels, an image beside a clip
     assert sheet([("", [torch.zeros(3, 2, 480, 832)])]).shape[0] == 128 + 2 * CLIP_GAP
-    assert sheet([("", [video[:, :2]])], frames=8, scale=3).shape[1] == 2 * 96 + FRAME_GAP + 3 * CLIP_GAP
+    assert sheet([("", [video[:, :2]])], frames=8).shape[1] == 2 * 64 + FRAME_GAP + 3 * CLIP_GAP
     assert sheet([("a very long prompt, café " * 9, [video[:, :1], video])]).shape[0] > 64 + 2 * CLIP_GAP
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 

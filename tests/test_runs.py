@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -319,22 +320,18 @@ def test_prompt_files_of_other_editors(tmp_path):
     assert read_prompts(path) == ["a red\u2028circle", "a blue square"]
 
 
-def test_tables_of_prompts_are_read_by_their_caption_column(tmp_path, fails):
+def test_a_table_is_not_taken_for_prompts(tmp_path, fails):
     for name, text in (
-        ("a.csv", 'file_name,caption\n1.mp4,"a red circle, large"\n2.mp4,a blue square\n'),
-        ("a.jsonl", '{"text": "a red circle, large"}\n{"text": "a blue square"}\n'),
-        ("a.txt", "prompt\tpath\na red circle, large\t1.mp4\na blue square\t2.mp4\n"),
+        ("a.csv", "file_name;title\n1.mp4;a red circle\n"),
+        ("a.jsonl", '{"text": "a red circle, large"}\n'),
+        ("a.txt", "prompt\tpath\na red circle, large\t1.mp4\n"),
     ):
-        (tmp_path / name).write_text(text)
-        assert read_prompts(tmp_path / name) == ["a red circle, large", "a blue square"]
-    (tmp_path / "b.txt").write_text("a text, a prompt\n{a red circle}\n")  # no header: lines
+        (path := tmp_path / name).write_text(text)
+        fails(partial(read_prompts, path), name, "is a table", "one prompt per line")
+    (tmp_path / "b.txt").write_text("a text, a prompt\n{a red circle}\n")  # no header
     assert read_prompts(tmp_path / "b.txt") == ["a text, a prompt", "{a red circle}"]
-    (tmp_path / "b.csv").write_text("caption,id\na red circle,1\n,2\n")
-    fails(lambda: read_prompts(tmp_path / "b.csv"), "line 3 is an empty prompt")
-    (tmp_path / "b.csv").write_text("title,id\na red circle,1\n")
-    fails(lambda: read_prompts(tmp_path / "b.csv"), "no captions", "caption, text, prompt")
-    (tmp_path / "b.csv").write_text("")
-    fails(lambda: read_prompts(tmp_path / "b.csv"), "holds no prompts")
+    (tmp_path / "b.txt").write_text("text\n")
+    assert read_prompts(tmp_path / "b.txt") == ["text"]
 
 
 def test_what_a_prompt_loses_is_told_once(tmp_path, capsys):

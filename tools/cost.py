@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
 
 import common  # noqa: E402
-from families import PRESETS, known_families  # noqa: E402
+from families import PRESETS  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
 
@@ -120,8 +120,10 @@ def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
     if teacher not in PRESETS or teacher == "tiny":
         return common.Model(teacher, frames, height, width)
+    from families.classes import FAMILIES
+
     _, config, pipeline = PRESETS[teacher]
-    family = known_families()[pipeline]
+    family = FAMILIES[pipeline]
     with torch.device("meta"):
         config = dict(family.transformer_class.from_config(config).config)
     shape, patch = family.shapes(config, {}, frames, height, width)

@@ -1,13 +1,17 @@
 """Find the videos of a folder and their captions: in .txt files beside them, or in a table (JSONL or CSV)."""
 
+import csv
+import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.files import CAPTION_COLUMNS, PATH_COLUMNS, Fatal, first_of, read_rows
+from harness.files import Fatal
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
+PATH_COLUMNS = ("file_name", "path", "video", "file")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
 class Clip(NamedTuple):
@@ -80,7 +84,7 @@ def caption_beside(path):
 
 
 def read_table(path):
-    """[(video's path, caption or None)] of a table, see harness.files.read_rows."""
+    """[(video's path, caption or None)] of a table, see read_rows."""
     pairs = []
     for number, row in read_rows(path):
         name = first_of(row, PATH_COLUMNS)
@@ -92,3 +96,27 @@ def read_table(path):
     if not any(caption for _, caption in pairs):
         raise Fatal(f"{path} has no captions; they are read from a column {', '.join(CAPTION_COLUMNS)}")
     return pairs
+
+
+def read_rows(path):
+    """[(line number, dict)] of a UTF-8 table: JSON objects, one a line, or CSV with a header (tabs or ; will do)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        if lines and lines[0].lstrip().startswith("{"):
+            rows = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        else:
+            delimiter = max(",;\t", key=(lines or [""])[0].count)
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise Fatal(f"cannot read {path} as JSONL or CSV: {getattr(error, 'strerror', None) or error}") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise Fatal(f"{path}, line {number}: no JSON object")
+    return rows
+
+
+def first_of(row, columns):
+    """The text in the first of `columns` that a table's row has, stripped; None if there is none."""
+    value = next((row[name] for name in columns if name in row), None)
+    return value.strip() or None if isinstance(value, str) else None
