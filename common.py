@@ -4,7 +4,6 @@ A network is called `v = network(x_t, sigma, cond)`, see families/. Every random
 function of (seed, sample number), so a run has no hidden state: it resumes exactly, at any number of processes.
 """
 
-import json
 import os
 import warnings
 from datetime import timedelta
@@ -22,19 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
-from families import PRESETS, teacher_folder
+from families.folders import teacher_folder
+from families.images import find_images, read_images
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
-from harness.files import (
-    Fatal,
-    hashed,
-    make_folder,
-    opened,
-    read_json,
-    read_prompts,
-    readable,
-    stamps,
-    write_shard,
-)
+from families.presets import TINY_WORLD, kind_of, name_of
+from families.text import tell_what_is_lost
+from harness.files import Fatal, hashed, opened, read_json, read_prompts, read_shard, readable, stamps, write_shard
 from tiny import world as tiny
 
 # no script writes in place into a network's output, which is what this warns of
@@ -59,29 +51,24 @@ def init_distributed():
 
 
 class Model:
-    """What is known of a teacher's model beside its weights: family, folder, configs, latent shape.
-
-    teacher: a name in families.PRESETS, or a folder; frames, height and width are the video's, in pixels.
+    """What is known of a teacher's model beside its weights: family, folder, configs, latent shape. teacher: a name in
+    presets.py, or a folder; frames, height and width are the video's, in pixels.
     """
 
     def __init__(self, teacher, frames, height, width):
-        self.name, self.folder = teacher, teacher_folder(teacher)
-        self.config = read_json(self.folder / "transformer" / "config.json")
-        index = read_json(self.folder / "model_index.json")
-        kind = f"{index.get('_class_name')}{', a timestep per token' if index.get('expand_timesteps') else ''}"
-        from families.classes import FAMILIES
+        from families.classes import family_of
 
-        if kind not in FAMILIES:
-            raise Fatal(f"{self.folder} holds a {kind}; known are {', '.join(FAMILIES)}: see families/__init__.py")
-        self.family = FAMILIES[kind]
-        self.text_length, self.text_dim = self.family.text_length(self.folder), self.config["text_dim"]
+        self.name, self.folder, self.size = teacher, teacher_folder(teacher), (frames, height, width)
+        self.config = read_json(self.folder / "transformer" / "config.json")
+        self.index = read_json(self.folder / "model_index.json")
+        self.family = family_of(kind_of(self.folder, teacher), self.folder, self.index)
+        self.text_length, self.text_dim = self.family.text_length(self.folder), self.config[self.family.text_dim]
         vae = read_json(self.folder / "vae" / "config.json")
-        self.latent_shape, self.patch = self.family.shapes(self.config, vae, frames, height, width)
-        self.world = tiny if PRESETS["tiny"][1].items() <= self.config.items() else None
-        if self.world and (frames, height, width) != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
-            raise Fatal(
-                f"the tiny world is {tiny.FRAMES} frames of {tiny.SIZE} x {tiny.SIZE}: --frames, --height, --width"
-            )
+        self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
+        self.conditions = self.family.conditions(self.config, self.latent_shape)
+        self.world = tiny if name_of(teacher) in TINY_WORLD else None
+        if self.world and self.size != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
+            raise Fatal(f"the tiny world is {tiny.FRAMES} frames of {tiny.SIZE} x {tiny.SIZE}: --frames, --height …")
         self.fps = tiny.FPS if self.world else self.family.fps
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
@@ -96,30 +83,33 @@ class Model:
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
         with init_empty_weights(include_buffers=False):
-            transformer = self.family.transformer_class.from_config(self.config)
-        if lora_rank:
-            from peft import LoraConfig
+            transformers = [self.family.transformer_class.from_config(self.config) for _ in self.family.parts]
+        for transformer in transformers:
+            if lora_rank:
+                from peft import LoraConfig
 
-            layers = self.family.lora_layers
-            transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=layers))
+                layers = self.family.lora_layers
+                transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=layers))
+            if gradient_checkpointing:
+                transformer.enable_gradient_checkpointing()
+        network = self.family(*transformers, index=self.index)
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
-        buffers = {name: buffer.clone() for name, buffer in transformer.named_buffers()}
-        network = self.family(transformer).to(dtype)
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        network.to(dtype)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(trained and (not lora_rank or ".lora_" in name))
-        if gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
         shard(network, device)
         network.to_empty(device=device)
         for name, buffer in buffers.items():
             module, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(module), leaf, buffer.to(device))
+            setattr(network.get_submodule(module), leaf, buffer.to(device))
         self.reset(network)
         return network
 
     def reset(self, network):
         """Give a network of `load_network` the teacher's weights (again); heads on it stay as they are."""
-        put_weights(network, self.folder / "transformer")
+        for part in self.family.parts:
+            put_weights(network, self.folder / part, part)
 
     def load_vae(self, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -127,14 +117,20 @@ class Model:
             vae = self.family.vae_class.from_pretrained(self.folder / "vae", dtype=dtype)
         return vae.to(device).requires_grad_(False)
 
+    def image_encoder(self, device):
+        """A function: first frames [b, 3, 1, h, w] in [0, 1] -> {name: [b, …]}, what cond holds of them."""
+        if not self.conditions:
+            return lambda images: {}
+        return self.family.image_encoder(self.folder, self.load_vae(device), self.size[0])
 
-def put_weights(network, folder):
-    """Fill a sharded network, in place, with the safetensors of a transformer's folder in the diffusers layout.
+
+def put_weights(network, folder, part="transformer"):
+    """Fill part of a sharded network, in place, with the safetensors of a transformer's folder in the diffusers layout.
 
     A LoRA on it starts as no change: its first half as nn.Linear's weights do, its second half zero.
     """
     reshard(network)
-    state = network.transformer.state_dict()
+    state = network.get_submodule(part).state_dict()
     weights = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -151,7 +147,7 @@ def put_weights(network, folder):
     many = dist.get_world_size() > 1
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     if lora:
-        set_model_state_dict(network.transformer, lora, options=options)
+        set_model_state_dict(network.get_submodule(part), lora, options=options)
 
 
 def shard(network, device):
@@ -257,7 +253,7 @@ class Samples:
         return self.prompts[self.row(number)]
 
     def cond(self, numbers):
-        """Conditions of samples, {"text": [b, l, d]} float32 on the device."""
+        """Conditions of samples, {"text": [b, l, d]} and what the model's family adds, float32 on the device."""
         return self.cond_of([self.row(number) for number in numbers])
 
 
@@ -266,36 +262,30 @@ class Shards(Samples):
 
     0.text     [tokens, d]   embedding of the first prompt, without padding; 1.text, …
     0.latents  [c, f, h, w]  normalised latents of its clip, where it has one
+    0.first, … [...]         what an image-to-video teacher reads of its first frame (Model.conditions)
     0.noise    [c, f, h, w]  of a teacher's own samples: the noise that its ODE took to those latents
     settings   [3]           of the same: guidance, shift, steps
 
-    Headers are read and checked at once, samples only when they are asked for.
+    Headers are read and checked at once, samples only when they are asked for. keys: what must be there beside the text
+    and the conditions; None for shards of text alone.
     """
 
-    def __init__(self, folder, model, device, seed=0, keys=(), settings=None):
-        self.model, self.device, self.seed, self.has_clips = model, device, seed, "latents" in keys
+    def __init__(self, folder, model, device, seed=0, keys=None, settings=None):
+        self.model, self.device, self.seed = model, device, seed
+        self.conditions = {} if keys is None else model.conditions
+        keys = (*(keys or ()), *self.conditions)
+        self.has_clips = "latents" in keys
         self.rows, self.prompts, self.epoch = [], [], None
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         if not paths:
             raise Fatal(f"no *.safetensors shards in {folder}")
         for path in paths:
-            try:
-                file = opened(path)
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-                prompts = json.loads(file.metadata()["prompts"])
-                made_with = file.get_tensor("settings").tolist() if "settings" in shapes else None
-                if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-                    raise ValueError("its prompts are no list")
-            except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-                raise Fatal(f"cannot read shard {path} ({error}): corrupt, cut or no shard; make it again") from None
-            for name in (f"{i}.{key}" for i in range(len(prompts)) for key in ("text", *keys)):
-                shape, wanted = shapes.get(name), model.latent_shape
-                if shape and name.endswith(".text"):
-                    wanted = (shape[0], model.text_dim)
-                if shape != wanted:
-                    raise Fatal(
-                        f"shard {path}: {name} is {shape or 'missing'}, expected {wanted} for this teacher and size"
-                    )
+            prompts, shapes, made_with = read_shard(path)
+            for i, key in ((i, key) for i in range(len(prompts)) for key in ("text", *keys)):
+                shape = shapes.get(f"{i}.{key}")
+                own = {"text": (shape[0] if shape else "tokens", model.text_dim), **self.conditions}
+                if shape != (wanted := own.get(key, model.latent_shape)):
+                    raise Fatal(f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher and size need {wanted}")
             if settings and made_with and made_with != list(settings):
                 raise Fatal(
                     f"{folder} was made with {made_with}, this run has {list(settings)} (guidance, shift, steps)"
@@ -321,10 +311,10 @@ class Shards(Samples):
         for out, (path, i) in zip(text, (self.rows[row] for row in rows), strict=True):
             tokens = opened(path).get_tensor(f"{i}.text")[: len(out)]
             out[: len(tokens)] = tokens
-        return {"text": text.to(self.device)}
+        return {"text": text.to(self.device)} | {key: self.latents_of(rows, key) for key in self.conditions}
 
     def latents(self, numbers, key="latents"):
-        """Latents (or noise) of samples, [b, c, f, h, w] float32 on the device."""
+        """Latents (noise, a condition) of samples, [b, c, f, h, w] float32 on the device."""
         return self.latents_of([self.row(number) for number in numbers], key)
 
     def latents_of(self, rows, key="latents"):
@@ -333,12 +323,14 @@ class Shards(Samples):
 
 
 class TinyWorld(Samples):
-    """Samples of the tiny world, made on the fly: sample i is the clip (seed, i) of tiny/world.py."""
+    """Samples of the tiny world, made on the fly: sample i is the clip (seed, i) of tiny/world.py. Row i is a caption,
+    for image-to-video with the first frame of the clip 10**9 + i.
+    """
 
     has_clips = True
 
     def __init__(self, model, cache, device, seed):
-        self.model, self.device, self.seed, self.vae = model, device, seed, None
+        self.model, self.device, self.seed, self.vae, self.read = model, device, seed, None, model.image_encoder(device)
         self.prompts = list(tiny.CAPTIONS)
         self.captions = encode_text(model, self.prompts, cache, device)
 
@@ -346,18 +338,27 @@ class TinyWorld(Samples):
         factors = tiny.draw_factors(self.seed, number)
         return factors["color"] * len(tiny.KINDS) + factors["kind"]
 
-    def cond_of(self, rows):
-        return self.captions.cond_of(rows)
+    def cond(self, numbers):
+        return self.cond_of([self.row(number) for number in numbers], numbers)
+
+    def cond_of(self, rows, numbers=None):
+        text = self.captions.cond_of(rows)
+        if not self.model.conditions:
+            return text
+        clips = tiny.batch(self.seed, numbers or [10**9 + row for row in rows], [self.prompts[row] for row in rows])[0]
+        return text | self.read(clips[:, :, :1])
 
     def latents(self, numbers):
         self.vae = self.vae or self.model.load_vae(self.device)
         return encode(self.vae, tiny.batch(self.seed, numbers)[0])
 
 
-def load_data(model, prompts, data, cache, device, seed):
-    """Training samples: latent shards from the folder `data`, prompts from the file `prompts`, or the tiny world. With
-    neither, a real teacher gets the prompts that ship with the repository.
+def load_data(model, prompts, data, cache, device, seed, images=None):
+    """Training samples: latent shards from the folder `data`, prompts from the file `prompts` (for image-to-video with
+    first frames from the folder `images`), or the tiny world; without any, the prompts that ship with the repository.
     """
+    if images and (data or not model.conditions or not prompts):
+        raise Fatal("--images goes with --prompts and an image-to-video teacher, and without --data")
     if data:
         shards = Shards(data, model, device, seed, keys=("latents",))
         if "0.noise" in opened(shards.rows[0][0]).keys() and dist.get_rank() == 0:
@@ -365,41 +366,34 @@ def load_data(model, prompts, data, cache, device, seed):
         return shards
     if model.world and not prompts:
         return TinyWorld(model, cache, device, seed)
+    if model.conditions and not images:
+        raise Fatal(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")
-    encoded = encode_text(model, prompts, cache, device)  # no clips
+    images = find_images(images, len(prompts), *model.size[1:]) if images else ()
+    encoded = encode_text(model, prompts, cache, device, images)  # no clips
     encoded.seed = seed
     return encoded
 
 
-def tell_what_is_lost(model, prompts):
-    """Print how many prompts the text encoder does not take whole, if any."""
-    tokenizer = model.family.tokenizer(model.folder)
-    tokens = tokenizer(prompts, verbose=False).input_ids
-    for lost, why in (
-        ([len(row) > model.text_length for row in tokens], f"are cut at the text encoder's {model.text_length} tokens"),
-        ([tokenizer.unk_token_id in row for row in tokens], "have words that the tokenizer does not know"),
-    ):
-        if any(lost):
-            print(f"{sum(lost)} of {len(prompts)} prompts {why}, the first: {prompts[lost.index(True)][:80]!r}")
-
-
-def encode_text(model, prompts, cache, device, chunk=1024):
-    """Encode prompts once, into shards under `cache`; a Shards of them, row i for prompt i.
-
-    Ranks share the work. The text encoder is loaded only if something is missing and freed afterwards.
+def encode_text(model, prompts, cache, device, images=()):
+    """Encode prompts once, into shards under `cache`; a Shards of them, row i for prompt i. images: their first frames'
+    paths, for image-to-video. Ranks share the work. Encoders are loaded only if something is missing, and freed after.
     """
-    config = json.dumps(read_json(model.folder / "text_encoder" / "config.json"))
-    key = hashed(prompts, config, stamps(sorted((model.folder / "text_encoder").iterdir())), model.text_length)
-    folder = Path(cache) / f"text_{key:016x}"
-    encode = None
-    make_folder(folder)
+    parts = [*model.family.text_parts, *(("vae", "image_encoder") if images else ())]
+    files = [path for part in parts for path in sorted((model.folder / part).glob("*"))]
+    key = hashed(prompts, stamps(files), model.text_length, (stamps(images), model.size) if images else ())
+    folder, chunk = Path(cache) / f"text_{key:016x}", 16 if images else 256
+    encode, read = None, None
     if dist.get_rank() == 0 and len(list(folder.glob("*.safetensors"))) * chunk < len(prompts):
-        tell_what_is_lost(model, prompts)
+        tell_what_is_lost(model.family.tokenizer(model.folder), model.text_length, prompts)
     for first in range(dist.get_rank() * chunk, len(prompts), dist.get_world_size() * chunk):
         path, part = folder / f"{first:08d}.safetensors", prompts[first : first + chunk]
         if not path.is_file():
             encode = encode or model.family.text_encoder(model.folder, device)
-            write_shard(path, part, [text for i in range(0, len(part), 16) for text in encode(part[i : i + 16])])
-    del encode
+            texts = [text for i in range(0, len(part), 16) for text in encode(part[i : i + 16])]
+            read = read or (model.image_encoder(device) if images else None)
+            own = read(read_images(images[first : first + chunk], *model.size[1:])) if images else {}
+            write_shard(path, part, texts, **own)
+    del encode, read
     dist.barrier()
-    return Shards(folder, model, device)
+    return Shards(folder, model, device, keys=() if images else None)

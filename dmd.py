@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from einops import rearrange, reduce
 
 import common
@@ -48,6 +48,8 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
+    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    """Range that score times are clamped to, after the shift: an atom at its top is meant."""
     regression_weight: Annotated[float, Ge(0)]
     """Weight of the regression on the teacher's pairs (eq. 9)."""
     pairs: str | None = None
@@ -58,16 +60,14 @@ class Args(RunArgs):
 
 RECIPES = {  # the first row is everybody's; the others change it
     "wan2.1-1.3b": {  # CoDMD on Wan2.1-1.3B, 64 videos per update on 8 GPUs; both networks learn alike (algorithm 1)
-        "frames": 81, "height": 480, "width": 832, "batch_size": 1, "grad_accum": 8,
-        "steps": 10_000, "student_every": 1, "lr": 2e-6, "fake_score_lr": 2e-6,
+        "batch_size": 1, "grad_accum": 8, "steps": 10_000, "student_every": 1, "lr": 2e-6, "fake_score_lr": 2e-6,
         "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99,
         "guidance_scale": 4.5, "shift": 8.0,
         "regression_weight": 0.25, "pair_steps": 50,  # the paper's weight is for LPIPS
     },
     "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6, "grad_accum": 4},  # CoDMD's 14B config
     "tiny": {
-        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
-        "steps": 2000, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "batch_size": 16, "grad_accum": 1, "steps": 2000, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 1.0, "gradient_checkpointing": False,
         "regression_weight": 0.02, "num_samples": 512, "pair_steps": 12,  # .25 blurs, see docs/dmd.md
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
@@ -83,10 +83,10 @@ def add_noise(x0, noise, sigma):
     return (1 - sigma) * x0 + sigma * noise
 
 
-def sample_sigma(rng, shift):
+def sample_sigma(rng, shift, low=0.02, high=0.98):
     u = rng.uniform()
     sigma = shift * u / (1 + (shift - 1) * u)
-    return sigma.clamp(0.02, 0.98)  # after the shift: an atom at .98 is meant
+    return sigma.clamp(low, high)
 
 
 def predict_x0(network, x_t, sigma, cond):
@@ -158,7 +158,7 @@ def main(args):
     run = Run(__file__, args)
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     shape = model.latent_shape
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
     teacher = model.load_network(trained=False, device=run.device)
@@ -210,7 +210,7 @@ def main(args):
             for rng, cond, _ in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x0 = rollout(student, rng, cond, shape)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift)
+                    sigma = sample_sigma(rng, args.shift, *args.score_times)
                     noise = rng.normal(shape)
                     x_t = add_noise(x0, noise, sigma)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
@@ -235,7 +235,7 @@ def main(args):
         for rng, cond, _ in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x0 = rollout(student, rng, cond, shape)
-                sigma = sample_sigma(rng, args.shift)
+                sigma = sample_sigma(rng, args.shift, *args.score_times)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
             loss = flow_loss(fake_score(x_t, sigma, cond), x0, noise)

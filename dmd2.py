@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from einops import rearrange, reduce
 from torch import nn
 
@@ -49,6 +49,8 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
+    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    """Range that score times are clamped to, after the shift: an atom at its top is meant."""
     student_sigmas: tuple[float, ...]
     """Noise levels at which the student predicts a video, the first 1."""
     student_input: Literal["simulate", "data"]
@@ -63,8 +65,7 @@ class Args(RunArgs):
 
 RECIPES = {  # the first row is everybody's; the others change it
     "wan2.1-1.3b": {  # CoDMD on Wan2.1-1.3B, 64 videos per update on 8 GPUs
-        "frames": 81, "height": 480, "width": 832, "batch_size": 1, "grad_accum": 8,
-        "steps": 10_000, "student_every": 5, "lr": 2e-6, "fake_score_lr": 4e-7,
+        "batch_size": 1, "grad_accum": 8, "steps": 10_000, "student_every": 5, "lr": 2e-6, "fake_score_lr": 4e-7,
         "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99,
         "guidance_scale": 4.5, "shift": 8.0, "student_sigmas": (1.0, 0.9, 0.757, 0.522), "student_input": "simulate",
         "gan_weight": 3e-3, "discriminator_weight": 1e-2,  # DMD2: 1e-3 to 5e-3, and 1e-2
@@ -74,9 +75,13 @@ RECIPES = {  # the first row is everybody's; the others change it
         "shift": 5.0, "lr": 4e-6, "fake_score_lr": 8e-7, "grad_accum": 4, "student_sigmas": (1.0, 0.937, 0.833, 0.624),
         "discriminator_blocks": (20, 29, 39),
     },
+    "cosmos2.5-2b": {  # FastGen's, but for its first level .999, x0-space fake score, and the teacher's features
+        "lr": 1e-5, "fake_score_lr": 1e-5, "guidance_scale": 4.0, "shift": 5.0, "score_times": (0.001, 0.999),
+        "student_sigmas": (1.0, 0.937, 0.833, 0.624), "gan_weight": 0.03, "discriminator_blocks": (13, 20, 27),
+    },
+    "qwen-image": {"discriminator_blocks": (30, 44, 59)},  # CoDMD's 14B otherwise: no paper has one
     "tiny": {
-        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
-        "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
+        "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
@@ -87,7 +92,7 @@ RECIPES = {  # the first row is everybody's; the others change it
 def check(args, model):
     """Raise one line for noise levels or blocks that cannot be."""
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
-    if sigmas[:1] != (1,) or not all(high > low > 0 for high, low in pairwise(sigmas)):
+    if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
         raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
         raise Fatal(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
@@ -105,10 +110,10 @@ def add_noise(x0, noise, sigma):
     return (1 - sigma) * x0 + sigma * noise
 
 
-def sample_sigma(rng, shift):
+def sample_sigma(rng, shift, low=0.02, high=0.98):
     u = rng.uniform()
     sigma = shift * u / (1 + (shift - 1) * u)
-    return sigma.clamp(0.02, 0.98)  # after the shift: an atom at .98 is meant
+    return sigma.clamp(low, high)
 
 
 def predict_x0(network, x_t, sigma, cond):
@@ -207,7 +212,7 @@ def main(args):
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     shape = model.latent_shape
     check(args, model)
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
     teacher = model.load_network(trained=False, device=run.device)
@@ -265,7 +270,7 @@ def main(args):
             for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift)
+                    sigma = sample_sigma(rng, args.shift, *args.score_times)
                     noise = rng.normal(shape)
                     x_t = add_noise(x0, noise, sigma)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
@@ -289,7 +294,7 @@ def main(args):
         for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
-                sigma = sample_sigma(rng, args.shift)
+                sigma = sample_sigma(rng, args.shift, *args.score_times)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
             v, features = fake_score(x_t, sigma, cond, read)

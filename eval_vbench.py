@@ -11,7 +11,7 @@ docs/eval_vbench.md. What the steps are made of is in evaluation/: folder.py (fi
 sampling.py, proxies.py (metrics that are ours), vbench.py (what VBench fixes, and its scorer), report.py, ledger.py.
 """
 
-from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe
+from harness.flags import check_flags, one_line_errors, with_recipe
 
 import json
 import os
@@ -42,9 +42,11 @@ from evaluation.folder import (
 from evaluation.ledger import Ledger, write_json, write_text
 from evaluation.proxies import feature_diversity, feature_model, measure, temporal_flickering
 from evaluation.report import collect, markdown, summary
-from evaluation.sampling import Noise, Source, configuration, sampler
+from evaluation.sampling import Noise, Source, conditions, configuration, sampler
+from families.images import find_images
+from families.presets import TINY_WORLD, name_of
 from harness.checkpoints import check_checkpoint
-from harness.files import Fatal, make_folder, read_json
+from harness.files import Fatal, make_folder, read_json, stamps
 from harness.finished import load_run, student_folders
 from harness.media import contact_sheet, write_mp4
 from harness.run import git_revision
@@ -82,6 +84,8 @@ class Args:
     vbench_info: str | None = None
     """VBench_full_info.json, or a wheel of the vbench package that holds it. Else the installed package's, here or in
     --vbench-python's environment. The tiny teacher has its 12 captions unless this or --prompts is given."""
+    images: str | None = None
+    """Folder of the first frames of the list for an image-to-video teacher: that of entry n, from 1, is named n."""
     gen_prompts: str | None = None
     """Text file with what to feed the model for each entry of the list, one per line, in its order (augmented prompts).
     Files keep the original prompt's name."""
@@ -153,7 +157,7 @@ def vbench_python(args):
 
 def read_prompt_list(args, teacher):
     """The prompt list, [{"prompt", "fed", "dimensions"}], `fed` being what the model gets; its id if it is VBench's."""
-    if args.prompts or (recipe_name(teacher) == "tiny" and not args.vbench_info):
+    if args.prompts or (name_of(teacher) in TINY_WORLD and not args.vbench_info):
         if args.dims:
             raise Fatal("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
         prompts = common.read_prompts(args.prompts) if args.prompts else tiny.CAPTIONS
@@ -194,6 +198,7 @@ def generate(args):
     alone, so neither the number of processes nor a restart changes a bit of a video (on one kind of device).
     """
     source = source_of(args)
+    make_folder(args.cache, hint="; see --cache")
     entries, list_id = read_prompt_list(args, source.args.teacher)
     items = vbench.distinct(entries, args.samples)
     device = common.init_distributed()
@@ -201,7 +206,12 @@ def generate(args):
     model = common.Model(source.args.teacher, source.args.frames, source.args.height, source.args.width)
     config = [configuration(source, model) if rank == 0 else None]
     dist.broadcast_object_list(config)
-    config = config[0] | {
+    if args.images and not model.conditions:
+        raise Fatal("--images is for an image-to-video teacher")
+    if list_id and model.size[0] == 1:
+        raise Fatal("VBench's list is for videos: give --prompts, as this teacher makes images")
+    images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
+    config = config[0] | ({"images": vbench.short_hash(stamps(images))} if images else {}) | {
         "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size, "device": device.type,
         "prompts": vbench.short_hash([(item["entry"], item["prompt"], item["fed"]) for item in items]),
     }  # fmt: skip
@@ -226,7 +236,8 @@ def generate(args):
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
     if not rounds:
         return
-    text = common.encode_text(model, [item["fed"] for item in items], args.cache, device)
+    given = [images[item["entry"]] for item in items] if images else []
+    cond_of = conditions(model, [item["fed"] for item in items], given, args.cache, device)
     row_of = {item["entry"]: row for row, item in enumerate(items)}
     sample, vae = sampler(source, model, args.cache, device), model.load_vae(device)
 
@@ -235,7 +246,7 @@ def generate(args):
             # sharded networks run in step on all ranks: who has nothing left makes a chunk again and drops it
             item, chunk = mine[i] if i < len(mine) else chunks[0]
             seeds = [args.seed + 100_000 * item["entry"] + j for j in chunk]
-            latents = sample(Noise(seeds, device), text.cond_of([row_of[item["entry"]]] * len(chunk)))
+            latents = sample(Noise(seeds, device), cond_of([row_of[item["entry"]]] * len(chunk)))
             for j in missing(item, chunk) if i < len(mine) else []:
                 video, file = common.decode(vae, latents[j - chunk[0], None])[0].cpu(), item["files"][j]
                 try:

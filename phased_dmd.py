@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from einops import rearrange, reduce
 from torch import nn
 
@@ -54,10 +54,14 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
+    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    """Range that score times are clamped to, after the shift: an atom at its top is meant."""
     student_sigmas: tuple[float, ...]
     """Noise levels at which the student's Euler steps begin, the first 1."""
     phase_ends: tuple[float, ...]
     """Noise level to which each phase carries samples: some of --student-sigmas, falling, then 0."""
+    score_ends: tuple[float, ...] = ()
+    """Lowest score time of each phase; () are --phase-ends."""
     student_input: Literal["simulate", "data"]
     """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
     gan_weight: Annotated[float, Ge(0)]
@@ -70,20 +74,22 @@ class Args(RunArgs):
 
 RECIPES = {  # the first row is everybody's; the others change it
     "wan2.1-1.3b": {  # the paper's for LoRA: rank, rates, betas, levels, phases, 64 videos per update on 8 GPUs
-        "frames": 81, "height": 480, "width": 832, "batch_size": 1, "grad_accum": 8,
-        "steps": 10_000, "student_every": 5, "lr": 5e-5, "fake_score_lr": 4e-7, "lora_rank": 64,
-        "betas": (0.0, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99,
+        "batch_size": 1, "grad_accum": 8, "steps": 10_000, "student_every": 5, "lr": 5e-5, "fake_score_lr": 4e-7,
+        "betas": (0.0, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99, "lora_rank": 64,
         "guidance_scale": 4.5, "shift": 5.0, "student_sigmas": (1.0, 0.938, 0.833, 0.625), "student_input": "simulate",
         "phase_ends": (0.833, 0.0), "gan_weight": 0.0, "discriminator_weight": 1e-2,
         "discriminator_blocks": (15, 22, 29),  # FastGen on Wan
     },
     "wan2.1-14b": {"discriminator_blocks": (20, 29, 39)},
+    # the paper's: phase 1 is scored by the experts of high noise alone (its score times are clamped, ours drawn there)
+    "wan2.2-a14b": {"score_ends": (0.875, 0.0), "discriminator_blocks": (20, 29, 39)},
+    "wan2.2-i2v-a14b": {"score_ends": (0.9, 0.0), "discriminator_blocks": (20, 29, 39)},
+    "qwen-image": {"shift": 3.0, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0)},  # the paper's
     "tiny": {
-        "frames": 9, "height": 32, "width": 32, "batch_size": 16, "grad_accum": 1,
-        "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "lora_rank": 0, "anneal_lr": True, "ema_decay": 0.0,
+        "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0), "discriminator_blocks": (1, 3),
-        "save_every": 250, "preview_every": 250, "preview_prompts": 12,
+        "lora_rank": 0, "ema_decay": 0.0, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip
 
@@ -91,13 +97,16 @@ RECIPES = {  # the first row is everybody's; the others change it
 def check(args, model):
     """Raise one line for noise levels, phases or blocks that cannot be."""
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
-    if sigmas[:1] != (1,) or not all(high > low > 0 for high, low in pairwise(sigmas)):
+    if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
         raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
-    ends = args.phase_ends
+    ends, floors, highest = args.phase_ends, args.score_ends or args.phase_ends, args.score_times[1]
     if ends[-1:] != (0,) or list(ends[:-1]) != [sigma for sigma in sigmas[1:] if sigma in ends]:
         raise Fatal(f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {ends}")
-    if ends[0] >= 0.98:
-        raise Fatal(f"--phase-ends must be below .98, the highest score time, got {ends}")
+    if len(floors) != len(ends) or not all(end <= floor < highest for end, floor in zip(ends, floors)):
+        raise Fatal(f"--score-ends must be a number per phase, from its end to below {highest}, got {floors}")
+    meet = len(model.family.parts) > 1 and model.index.get("boundary_ratio")  # two experts, a phase for each
+    if meet and (len(ends) != 2 or any((sigma >= meet) != (sigma > ends[0]) for sigma in sigmas)):
+        raise Fatal(f"this teacher's experts meet at {meet}: there --phase-ends must part --student-sigmas, got {ends}")
     if args.steps % len(ends):
         raise Fatal(f"--steps must be a multiple of the {len(ends)} phases, got {args.steps}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
@@ -127,11 +136,11 @@ def renoise(x_s, noise, sigma, s):
     return a * x_s + b * noise
 
 
-def sample_sigma(rng, shift, s):
-    low = s / (shift - (shift - 1) * s)  # before the shift
-    u = low + (1 - low) * rng.uniform()
+def sample_sigma(rng, shift, s, low=0.02, high=0.98):
+    u = s / (shift - (shift - 1) * s)  # before the shift
+    u = u + (1 - u) * rng.uniform()
     sigma = shift * u / (1 + (shift - 1) * u)
-    return sigma.clamp(max(s, 0.02), 0.98)  # after the shift: an atom at .98 is meant
+    return sigma.clamp(max(s, low), high)
 
 
 def predict_x0(network, x_t, sigma, cond):
@@ -239,7 +248,7 @@ def main(args):
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     shape = model.latent_shape
     check(args, model)
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
     teacher = model.load_network(trained=False, device=run.device)
@@ -308,6 +317,7 @@ def main(args):
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
         shared = common.SharedDraws(args.seed, step)
         start, end = (1.0, *args.phase_ends)[phase : phase + 2]
+        floor = (args.score_ends or args.phase_ends)[phase]
         sigmas = [sigma for sigma in args.student_sigmas if sigma > start]
         own = [sigma for sigma in args.student_sigmas if start >= sigma > end]
         sigmas += own[: 1 + int(shared.uniform("exit") * len(own))] + [end]
@@ -318,7 +328,7 @@ def main(args):
             for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x_s, x0 = rollout(students, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift, end)
+                    sigma = sample_sigma(rng, args.shift, floor, *args.score_times)
                     noise = rng.normal(shape)
                     x_t = renoise(x_s, noise, sigma, end)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
@@ -342,7 +352,7 @@ def main(args):
         for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x_s, _ = rollout(students, rng, cond, shape, sigmas, x0_data() if from_data else None)
-                sigma = sample_sigma(rng, args.shift, end)
+                sigma = sample_sigma(rng, args.shift, floor, *args.score_times)
                 noise = rng.normal(shape)
                 x_t = renoise(x_s, noise, sigma, end)
             v, features = fake_score(x_t, sigma, cond, read)

@@ -9,10 +9,13 @@ from harness.media import to_uint8
 
 
 def measure(clips, fps):
-    """Metrics of the samples of one prompt [s, 3, f, h, w] in [0, 1] without weights, a dict of floats."""
-    values = {**metrics.saturation(clips), **colour_spread(clips), "frame_difference": metrics.frame_difference(clips)}
-    values |= {"temporal_flickering": temporal_flickering(clips), "smoothness": smoothness(clips)}
-    values |= {"optical_flow": optical_flow(clips, fps)}
+    """Metrics of the samples of one prompt [s, 3, f, h, w] in [0, 1] without weights, a dict of floats. Images have
+    none of motion.
+    """
+    values = {**metrics.saturation(clips), **colour_spread(clips)}
+    if clips.shape[2] > 1:
+        values |= {"frame_difference": metrics.frame_difference(clips), "smoothness": smoothness(clips)}
+        values |= {"temporal_flickering": temporal_flickering(clips), "optical_flow": optical_flow(clips, fps)}
     if len(clips) > 1:
         values |= {"diversity": metrics.pairwise_rms(clips), "vendi": metrics.vendi_score(clips)}
     return values
@@ -90,7 +93,7 @@ def optical_flow(clips, fps):
 def feature_model(kind, folder, device):
     """A function: clips [s, 3, f, h, w] in [0, 1] -> features [s, d], of a local DINOv2 or CLIP.
 
-    The mean over at most 8 evenly spaced frames of the normalised class token (DINOv2) or image embedding (CLIP).
+    The mean over at most 16 evenly spaced frames of the normalised class token (DINOv2) or image embedding (CLIP).
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -102,7 +105,7 @@ def feature_model(kind, folder, device):
 
     @torch.no_grad()
     def features(clips):
-        shown = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().long()
+        shown = torch.linspace(0, clips.shape[2] - 1, min(16, clips.shape[2])).round().long()
         frames = rearrange(clips[:, :, shown], "s c f h w -> (s f) c h w")
         pixels = processor(images=list(frames), do_rescale=False, return_tensors="pt")["pixel_values"].to(device)
         if kind == "clip":

@@ -1,6 +1,6 @@
 """How the videos of an evaluation are sampled: from a run's student or a teacher, and all that decides their pixels."""
 
-from harness.flags import RunArgs, recipe_name
+from harness.flags import RunArgs
 
 import hashlib
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch
 
 import common
 import dmd2
+from families.presets import name_of
+from harness.files import Fatal
 from harness.finished import noise_levels, students_of
 from harness.media import h264_options
 
@@ -77,12 +79,24 @@ def configuration(source, model):
         how = {"averaged": not source.raw, "phase_ends": ends}
     return {
         "role": source.role, "script": name, **how,
-        "teacher": recipe_name(args.teacher), "checkpoint": contents_id(weights),
+        "teacher": name_of(args.teacher), "checkpoint": contents_id(weights),
         "text_encoder": contents_id(model.folder / "text_encoder", contents=False),
         "vae": contents_id(model.folder / "vae"), "sigmas": sigmas, "nfe": evaluations,
         "frames": args.frames, "height": args.height, "width": args.width, "fps": model.fps,
         "video": {"codec": "libx264", **h264_options(args.height, args.width)},
     }  # fmt: skip
+
+
+def conditions(model, prompts, images, cache, device):
+    """A function: rows -> the conditions of these prompts. images: paths of their first frames, for image-to-video; the
+    tiny world has some of its own for its captions.
+    """
+    if not model.conditions or images:
+        return common.encode_text(model, prompts, cache, device, images).cond_of
+    if not model.world or not set(prompts) <= set(model.world.CAPTIONS):
+        raise Fatal(f"{model.name} begins with an image: give --images FOLDER")
+    world = common.TinyWorld(model, cache, device, seed=0)
+    return lambda rows: world.cond_of([world.prompts.index(prompts[row]) for row in rows])
 
 
 def sampler(source, model, cache, device):

@@ -24,11 +24,12 @@ from einops import rearrange, reduce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
-from harness.flags import check_flags, one_line_errors, recipe_name, with_recipe  # noqa: E402
+from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
 
 import codmd  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
+from families.presets import TINY_WORLD, name_of  # noqa: E402
 from harness.files import Fatal, make_folder, read_json, written_aside  # noqa: E402
 from harness.finished import load_run, noise_levels, students_of  # noqa: E402
 from harness.media import contact_sheet, draw_sheet  # noqa: E402
@@ -46,7 +47,7 @@ COLUMNS = {
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
     "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
-    "distance": "distance to data",
+    "distance": "distance to data", "first": "first frame, error",
 }  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def load_all(folders):
         raise Fatal("name at least one run folder")
     loaded, seen = [load_run(folder) for folder in folders], {}
     for folder, (_, args, _) in zip(folders, loaded):
-        if recipe_name(args.teacher) != "tiny":
+        if name_of(args.teacher) not in TINY_WORLD:
             raise Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
         if common.teacher_folder(args.teacher).resolve() != common.teacher_folder(loaded[0][1].teacher).resolve():
             raise Fatal(f"{folder} and {folders[0]} have different teachers: one table, one teacher")
@@ -188,10 +189,11 @@ def load_all(folders):
 
 def table_of(rows, transpose):
     """Markdown lines of {label: a list of figures, one dict per seed}: mean ± spread."""
-    table = [["", "seeds", *COLUMNS.values()]]
+    columns = [column for column in COLUMNS if all(column in row for figures in rows.values() for row in figures)]
+    table = [["", "seeds", *(COLUMNS[column] for column in columns)]]
     for name, figures in rows.items():
         table.append([name, str(len(figures))])
-        for column in COLUMNS:
+        for column in columns:
             values = torch.tensor([row[column] for row in figures])
             spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
             table[-1].append(f"{values.mean():.3g}{spread}")
@@ -221,7 +223,8 @@ def main(args):
     device = common.init_distributed()
     model = common.Model(first.teacher, first.frames, first.height, first.width)
     shape, cache = model.latent_shape, checkpoint.parents[2] / "cache"  # beside the run, which may have been moved
-    captions = common.encode_text(model, tiny.CAPTIONS, cache, device)
+    captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
+    images = tiny.batch(1, range(10**9, 10**9 + len(tiny.CAPTIONS)), tiny.CAPTIONS)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     vae, teacher = model.load_vae(device), model.load_network(False, device)
     # numbers that no training reaches
@@ -254,13 +257,19 @@ def main(args):
     def add(name, latents, clips=None):
         clips = by_caption(common.decode(vae, latents).cpu() if clips is None else clips)
         own = relations(by_caption(latents.cpu()))
-        rows[name].append(measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own))))
+        figures = measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own)))
+        if model.conditions:
+            figures["first"] = (clips[:, :, :, 0] - images).abs().mean().item()
+        rows[name].append(figures)
         shown.setdefault(name, clips)
         print(f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in rows[name][-1].items())}", flush=True)
 
     for seed in range(args.repeats):
         numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
         clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
+        if model.conditions:  # what else may follow these images
+            every = [tiny.continuations(1, 10**9 + p, caption, args.seeds) for p, caption in enumerate(tiny.CAPTIONS)]
+            clips = torch.cat(every)
         add("data", torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     for steps, guidance in dict.fromkeys([*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]):

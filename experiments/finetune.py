@@ -32,7 +32,7 @@ def main(args):
     run = Run(__file__, args)
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     check(args, model)
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed)
+    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     if not data.has_clips:
         raise Fatal("this trains on clips, and prompts are not: pass --data FOLDER (latent shards)")
     student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)

@@ -57,8 +57,8 @@ def main(args):
         last["x_s"] = x_s
         return x_s, x0
 
-    def kept_sigma(rng, shift, s):
-        sigma = sigma_below(rng, shift, s, starts[s]) if args.disjoint_times else sample_sigma(rng, shift, s)
+    def kept_sigma(rng, shift, s, low, high):
+        sigma = sigma_below(rng, shift, s, starts[s]) if args.disjoint_times else sample_sigma(rng, shift, s, low, high)
         last.update(sigma=sigma, s=s)
         return sigma
 

@@ -1,12 +1,40 @@
-"""Which family calls which pipeline's network. common.Model imports this: --help need not wait for diffusers."""
+"""Which family reads which kind of folder. common.Model imports this: --help need not wait for diffusers."""
+
+from importlib import import_module
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from families.wan import Wan
+from families.presets import COSMOS25, EXPERTS, I2V, TOKENS, WAN, WAN_I2V
+from harness.files import Fatal
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
-FAMILIES = {"WanPipeline": Wan}
+FAMILIES = {  # kind of folder (see presets.py): file and class
+    WAN: ("wan", "Wan"),
+    WAN + EXPERTS: ("wan_experts", "WanExperts"),
+    WAN + TOKENS: ("wan_5b", "Wan5B"),
+    WAN + TOKENS + I2V: ("wan_5b", "Wan5BI2V"),
+    WAN_I2V: ("wan_i2v", "WanI2V"),
+    WAN_I2V + EXPERTS: ("wan_experts", "WanI2VExperts"),
+    COSMOS25: ("cosmos", "Cosmos"),
+    COSMOS25 + I2V: ("cosmos", "CosmosI2V"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+}
+
+
+def family_of(kind, folder, index=None):
+    """The class that reads a folder of that kind, or one line. index: the folder's model_index.json."""
+    if kind not in FAMILIES:
+        raise Fatal(f"{folder} holds a {kind}; known are {'; '.join(FAMILIES)}. To add one: families/__init__.py")
+    file, name = FAMILIES[kind]
+    family = getattr(import_module(f"families.{file}"), name)
+    wanted = {"vae": family.vae_class, **dict.fromkeys(family.parts, family.transformer_class)}
+    for part, cls in wanted.items() if index else ():
+        if index[part][1] != cls.__name__:
+            raise Fatal(f"{folder} has {index[part][1]} in {part}/, and {name} reads {cls.__name__}")
+    if index and len(family.parts) > 1 and not index.get("boundary_ratio"):
+        raise Fatal(f"{folder}/model_index.json has no boundary_ratio: where do its two experts meet?")
+    return family

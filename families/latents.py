@@ -19,7 +19,8 @@ def latent_shape(config, vae, frames, height, width):
             raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {size}")
     if frames < 1 or (frames - 1) % time:
         raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
-    shape = (config.get("in_channels", 16), (frames - 1) // time + 1, height // space, width // space)
+    channels = config.get("out_channels") or config.get("in_channels", 16)
+    shape = (channels, (frames - 1) // time + 1, height // space, width // space)
     longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
     if longest > limit:
         raise Fatal(

@@ -13,6 +13,8 @@ from harness.files import read_json, readable
 class Wan(nn.Module):
     shapes = staticmethod(latent_shape)
     transformer_class, vae_class = WanTransformer3DModel, AutoencoderKLWan
+    parts = ("transformer",)
+    text_dim, text_parts = "text_dim", ("text_encoder",)
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     fps = 16
     # a constant of the model: the negative prompt of diffusers' Wan examples, which is Wan's own in English
@@ -23,7 +25,7 @@ class Wan(nn.Module):
         "background, three legs, many people in the background, walking backwards"
     )
 
-    def __init__(self, transformer):
+    def __init__(self, transformer, index=None):
         super().__init__()
         self.transformer = transformer
 
@@ -39,15 +41,25 @@ class Wan(nn.Module):
         """x_t [b, c, f, h, w], sigma [b] in [0, 1] -> velocity [b, c, f, h, w], float32; with `read`, a list of block
         numbers, also their outputs [b, tokens, width].
         """
+        features = {}
+        keep = lambda i: lambda block, args, out: features.update({i: out[-1] if isinstance(out, tuple) else out})
+        hooks = [self.blocks[i].register_forward_hook(keep(i)) for i in read or ()]
+        try:
+            v = self.velocity(x_t, sigma, cond)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return v if read is None else (v, [features[i] for i in read])
+
+    def velocity(self, x_t, sigma, cond):
         dtype = self.transformer.patch_embedding.weight.dtype
         timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936
-        features = {}
-        keep = lambda i: lambda block, args, out: features.update({i: out})
-        hooks = [self.blocks[i].register_forward_hook(keep(i)) for i in read or ()]
-        v = self.transformer(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0].float()
-        for hook in hooks:
-            hook.remove()
-        return v if read is None else (v, [features[i] for i in read])
+        return self.transformer(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0].float()
+
+    @staticmethod
+    def conditions(config, shape):
+        """Shapes of what cond holds beside the text, {name: shape}, for latents of a shape."""
+        return {}
 
     @staticmethod
     def text_length(folder):
@@ -60,13 +72,13 @@ class Wan(nn.Module):
         with readable(folder / "tokenizer"):
             return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
-    @staticmethod
-    def text_encoder(folder, device):
+    @classmethod
+    def text_encoder(cls, folder, device):
         """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with readable(folder / "text_encoder"):
             encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
-        tokenizer, length = Wan.tokenizer(folder), Wan.text_length(folder)
+        tokenizer, length = cls.tokenizer(folder), cls.text_length(folder)
 
         @torch.no_grad()
         def encode(prompts):

@@ -1,7 +1,8 @@
 """Checkpoints: which one is meant, whether it is whole, and all networks and optimizers out of it and into it.
 
 state/    all networks and optimizers, sharded safetensors of torch.distributed.checkpoint
-student/  the student alone in the diffusers layout: transformer/, with phases also transformer_2/, …; a LoRA merged
+student/  the student alone in the diffusers layout: transformer/, with phases or a teacher of two experts also
+          transformer_2/, …; a LoRA merged
 """
 
 from pathlib import Path
@@ -100,10 +101,13 @@ def flat_state(networks, optimizers):
 
 def load_state(checkpoint, networks, optimizers):
     """Fill all networks and optimizers from a checkpoint, in place."""
+    state = flat_state(networks, optimizers)
     try:
-        dcp.load(
-            flat_state(networks, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
-        )
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
+        known = reader.read_metadata().state_dict_metadata
+        for key in [key for key in state if "_optimizer.state." in key and key not in known]:
+            state.pop(key).zero_()  # of an expert that no step has trained yet
+        dcp.load(state, storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
         reason, flags = str(error).strip().splitlines()[-1], checkpoint.parents[1] / "args.json"
         raise Fatal(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
@@ -117,15 +121,23 @@ def load_init(path, networks):
     one expert must be named, by its folder: student/transformer, student/transformer_2, …
     """
     path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
-    experts = path / "student" if (path / "checkpoint.json").is_file() else path
-    if (experts / "transformer_2").is_dir():
+    is_checkpoint, student = (path / "checkpoint.json").is_file(), networks["student"]
+    phased = is_checkpoint and "phase_ends" in read_json(path / "args.json")
+    experts = path / "student" if is_checkpoint else path
+    if (experts / "transformer_2").is_dir() and (phased or len(student.parts) == 1):
         raise Fatal(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
-    if (path / "checkpoint.json").is_file():
+    if is_checkpoint:
         check_checkpoint(path)
         found = load_networks(path, networks)
-    elif (path / "transformer").is_dir() or any(path.glob("*.safetensors")):
+    elif all((path / part).is_dir() for part in student.parts):
         found = {"student"}
-        common.put_weights(networks["student"], path / "transformer" if (path / "transformer").is_dir() else path)
+        for part in student.parts:
+            common.put_weights(student, path / part, part)
+    elif any(path.glob("*.safetensors")):
+        if len(student.parts) > 1:
+            raise Fatal(f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}")
+        found = {"student"}
+        common.put_weights(student, path)
     else:
         found = set()
     if "student" not in found:
@@ -158,20 +170,18 @@ def load_networks(checkpoint, networks):
     return found
 
 
-def save_weights(network, folder):
+def save_weights(transformer, folder):
     """Write a transformer in the diffusers layout: config.json and safetensors. A LoRA is added to its layers."""
-    weights = get_model_state_dict(
-        network.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    weights = get_model_state_dict(transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank():
         return
-    for name, module in network.transformer.named_modules():
+    for name, module in transformer.named_modules():
         if hasattr(module, "lora_A"):
             down, up = (weights.pop(f"{name}.lora_{half}.default.weight") for half in "AB")
             weights[f"{name}.weight"] = weights.pop(f"{name}.base_layer.weight") + module.scaling["default"] * up @ down
             if f"{name}.base_layer.bias" in weights:
                 weights[f"{name}.bias"] = weights.pop(f"{name}.base_layer.bias")
     with init_empty_weights(include_buffers=False):
-        transformer = type(network.transformer).from_config(network.transformer.config)
-    transformer.load_state_dict(weights, assign=True)
-    transformer.save_pretrained(folder)
+        whole = type(transformer).from_config(transformer.config)
+    whole.load_state_dict(weights, assign=True)
+    whole.save_pretrained(folder)

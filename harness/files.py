@@ -127,12 +127,27 @@ def open_once(path, *_):
     return safe_open(path, framework="pt")
 
 
+def read_shard(path):
+    """Prompts, {name: shape} and settings (or None) of a shard, of which only the header is read."""
+    try:
+        file = opened(path)
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        prompts = json.loads(file.metadata()["prompts"])
+        settings = file.get_tensor("settings").tolist() if "settings" in shapes else None
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("its prompts are no list")
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise Fatal(f"cannot read shard {path} ({error}): corrupt, cut or no shard; make it again") from None
+    return prompts, shapes, settings
+
+
 def write_shard(path, prompts, texts, settings=None, **tensors):
     """Write one shard of n samples (see common.Shards). texts: n tensors [tokens, d]; tensors: n [c, f, h, w] per name;
     settings: what a teacher's samples depend on, so that a run can compare.
     """
     own = lambda tensor: tensor.cpu().clone(memory_format=torch.contiguous_format)
     every = {"text": texts, **tensors}
+    make_folder(Path(path).parent)
     samples = {f"{i}.{key}": own(tensor) for key, values in every.items() for i, tensor in enumerate(values)}
     for name, tensor in samples.items():
         if not tensor.isfinite().all():

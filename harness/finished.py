@@ -68,9 +68,12 @@ def students_of(model, device, script, args, checkpoint, raw):
     raw: the last is the student itself, not its average, with its LoRA if it has one, which an export has not.
     """
     folders, students = student_folders(script, args, checkpoint), []
-    for folder in folders[:-1] if raw else folders:
+    groups = [[folder] for folder in folders] if hasattr(args, "phase_ends") else [folders]  # a network each
+    for group in groups[:-1] if raw else groups:
         students.append(model.load_network(False, device))
-        common.put_weights(students[-1], folder)
+        for folder in group:
+            own = folder.name if folder.name in model.family.parts else "transformer"
+            common.put_weights(students[-1], folder, own)
     if raw:
         lora = {name: value for name, value in vars(args).items() if name in ("lora_rank", "lora_alpha")}
         students.append(model.load_network(False, device, **lora))

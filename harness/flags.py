@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import tyro
 from annotated_types import Ge, Gt, Lt
 
-from families import PRESETS
+from families.presets import PRESETS, most_like
 from harness.checkpoints import find_checkpoint
 from harness.files import Fatal, read_json
 
@@ -21,13 +21,16 @@ from harness.files import Fatal, read_json
 @dataclass(kw_only=True)
 class RunArgs:
     teacher: str = "tiny"
-    """Whom to distill: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
+    """Whom to distill: a name (README lists them), or a local folder in the diffusers layout; FOLDER:i2v for the
+    image-to-video of one that does both."""
     prompts: str | None = None
     """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
+    images: str | None = None
+    """Folder of the first frames of --prompts for an image-to-video teacher: that of line n is named n (1.png, …)."""
     data: str | None = None
     """Folder of latent shards (see common.Shards) whose prompts and clips are used instead of --prompts."""
     frames: Annotated[int, Ge(1)]
-    """Frames of the video; 1 + a multiple of 4 for Wan."""
+    """Frames of the video; 1 + a multiple of 4 for Wan, 1 for images."""
     height: Annotated[int, Ge(1)]
     """Height of the video in pixels, a multiple of 16 for Wan."""
     width: Annotated[int, Ge(1)]
@@ -92,25 +95,29 @@ def check_flags(args):
                 must = " and ".join(f"{words[k]} {b:g}" for k, b in bounds.items()) or "finite"
                 raise Fatal(f"--{name.replace('_', '-')} must be {must}, got {number}")
 
+    low, high = getattr(args, "score_times", (0, 1))
+    if low >= high:
+        raise Fatal(f"--score-times must rise, got {low} {high}")
 
-def recipe_name(teacher):
-    """The name in families.PRESETS of a teacher, also for a folder with its config (a copy, a tiny one trained again);
-    other folders keep their path.
-    """
-    config = Path(teacher) / "transformer" / "config.json"
-    if teacher in PRESETS or not config.is_file():
-        return teacher
-    config = read_json(config)
-    return next((name for name, (_, own, _) in PRESETS.items() if own.items() <= config.items()), teacher)
+
+def recipe_of(teacher, recipes):
+    """The name of the row of `recipes` that holds for a teacher: its own, or that of the teacher most like it."""
+    name = most_like(teacher)
+    while name not in recipes:
+        name = PRESETS[name].like
+    return name
 
 
 def with_recipe(Args, recipes, **flags):
     """Args of the teacher's recipe with `flags` on top: what the command line does, for tests and notebooks.
 
-    recipes: {teacher: row of flags}; the first row is everybody's, and the teacher's own changes it.
+    recipes: {teacher: row of flags}; the first row is everybody's, and the teacher's own changes it. The video has the
+    size that the teacher is made for.
     """
-    name, (everybody, *_) = recipe_name(flags.get("teacher", Args.teacher)), recipes.values()
-    return Args(**{**everybody, **recipes.get(name, {}), **flags})
+    teacher = flags.get("teacher", Args.teacher)
+    everybody, name = next(iter(recipes.values())), recipe_of(teacher, recipes)
+    size = dict(zip(("frames", "height", "width"), PRESETS[most_like(teacher)].size))
+    return Args(**{**everybody, **size, **recipes[name], **flags})
 
 
 def parse_args(Args, recipes):
@@ -129,7 +136,9 @@ def parse_args(Args, recipes):
         before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
         place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
         args = replace(args, **{**before, **place, "resume": None, "track": False})
-    shown = f"The values below are those of --teacher {args.teacher}; --teacher NAME --help shows another's."
+    row = recipe_of(args.teacher, recipes)
+    whose = f"those of --teacher {args.teacher}" + ("" if row == args.teacher else f", the recipe of {row}")
+    shown = f"The values below are {whose}; --teacher NAME --help shows another's."
     return tyro.cli(Args, default=args, description=f"{Args.__doc__}\n\n{shown}")
 
 

@@ -64,6 +64,15 @@ def write_mp4(path, video, fps):
             raise RuntimeError(f"{path}: {count} of {f} frames were written")
 
 
+def write_video(path, video, fps):
+    """Write a video as <path>.mp4, an image as <path>.png."""
+    if video.shape[1] > 1:
+        write_mp4(path.with_suffix(".mp4"), video, fps)
+        return
+    with written_aside(path.with_suffix(".png")) as aside:
+        Image.fromarray(to_uint8(video)[0]).save(aside, format="PNG")
+
+
 def read_mp4(path):
     """The frames of a video file as [3, f, h, w] in [0, 1]; ValueError if there are none.
 

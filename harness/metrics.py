@@ -90,10 +90,13 @@ def frame_difference(clips):
 
 
 def preview_metrics(clips_by_prompt):
-    """What a preview logs: s seeds of p prompts [p, s, 3, f, h, w] in [0, 1] -> dict of floats, means over prompts."""
+    """What a preview logs: s seeds of p prompts [p, s, 3, f, h, w] in [0, 1] -> dict of floats, means over prompts.
+    Images have no motion.
+    """
+    motion = {"motion": frame_difference(clips_by_prompt)} if clips_by_prompt.shape[3] > 1 else {}
     return {
         "diversity": sum(pairwise_rms(clips) for clips in clips_by_prompt) / len(clips_by_prompt),
         "vendi": sum(vendi_score(clips) for clips in clips_by_prompt) / len(clips_by_prompt),
         **saturation(clips_by_prompt),
-        "motion": frame_difference(clips_by_prompt),
+        **motion,
     }

@@ -50,10 +50,17 @@ class Preview:
             self.score(name, rearrange(clips, "(p s) c f h w -> p s c f h w", s=self.seeds))
 
     def write_data(self):
-        """The same figures for the data: clips of the same prompts, where there are any."""
+        """The same figures for the data: clips of the same prompts, where there are any. For image-to-video also the
+        images that the samples begin with, to be shown beside them.
+        """
+        if self.model.conditions and dist.get_rank() == 0:
+            first = self.model.family.first_latent(self.data.cond_of(range(len(self.labels))))
+            self.shown["image"] = self.decode(first).unsqueeze(1)
         if dist.get_rank() or not self.data.has_clips:
             return
-        if isinstance(self.data, common.TinyWorld):
+        if isinstance(self.data, common.TinyWorld) and self.model.conditions:
+            clips = self.model.world.batch(self.data.seed, range(10**9, 10**9 + len(self.labels)), self.labels)[0]
+        elif isinstance(self.data, common.TinyWorld):
             numbers = range(10**9, 10**9 + self.total)  # never trained on
             captions = [label for label in self.labels for _ in range(self.seeds)]
             clips = self.model.world.batch(self.data.seed, numbers, captions)[0]
@@ -80,7 +87,7 @@ class Preview:
         folder.mkdir(parents=True, exist_ok=True)
         for p, row in enumerate(shown[folder.name]):
             for s, video in enumerate(row):
-                media.write_mp4(folder / f"{p:02d}_{s}.mp4", video, self.model.fps)
+                media.write_video(folder / f"{p:02d}_{s}", video, self.model.fps)
         rows = [(f"{self.labels[p]}: {key}", shown[key][p, :2]) for p in range(len(clips)) for key in shown]
         sheet = media.contact_sheet(folder.with_suffix(".png"), rows)
         prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with

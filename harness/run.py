@@ -173,8 +173,11 @@ class Run:
             dist.barrier()
             writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
             dcp.save(flat_state(networks, optimizers), storage_writer=writer)
-            for i, network in enumerate(students):
-                save_weights(network, aside / "student" / f"transformer{f'_{i + 1}' if i else ''}")
+            phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
+            for i in range(len(students) if phased else len(students[0].parts)):
+                student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
+                own = student.get_submodule(part if part in student.parts else "transformer")
+                save_weights(own, aside / "student" / part)
             if self.rank == 0:
                 (aside / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
                 for path in aside.rglob("*.safetensors"):

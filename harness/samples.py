@@ -33,8 +33,9 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
         noise = rng.normal(data.model.latent_shape)
         # padding is zero, and no real token's embedding is
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
-        prompts = [data.prompt(number) for number in numbers]
-        common.write_shard(paths[first], prompts, texts, settings=settings, noise=noise, latents=solve(noise, cond))
+        prompts, own = [data.prompt(number) for number in numbers], {key: cond[key] for key in data.model.conditions}
+        tensors = {"noise": noise, "latents": solve(noise, cond), **own}
+        common.write_shard(paths[first], prompts, texts, settings=settings, **tensors)
         if turn == 0:
             hours = [(time.perf_counter() - started) * (turns - 1) / 3600]
             dist.broadcast_object_list(hours)
@@ -51,6 +52,7 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
 
 def samples_key(data, count, batch_size, settings):
     """What samples of the teacher depend on: a folder of them is good while this is the same."""
-    model, weights = data.model, stamps(sorted((data.model.folder / "transformer").iterdir()))
-    where = (weights, model.latent_shape, model.negative_prompt, data.prompts)
+    model = data.model
+    files = [path for part in model.family.parts for path in sorted((model.folder / part).iterdir())]
+    where = (stamps(files), model.latent_shape, model.negative_prompt, data.prompts)
     return hashed(where, count, batch_size, data.seed, settings)

@@ -16,7 +16,7 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families import PRESETS
+from families.presets import PRESETS
 from tests.conftest import only_run
 
 # what makes a run of Wan's recipe small, and nothing else
@@ -27,7 +27,7 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wan") / "wan-small"
-    shutil.copytree(PRESETS["tiny"][0], folder, ignore=shutil.ignore_patterns("transformer"))
+    shutil.copytree(PRESETS["tiny"].source, folder, ignore=shutil.ignore_patterns("transformer"))
     torch.manual_seed(0)
     WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=8, text_dim=32, freq_dim=32,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dmd
-from families import PRESETS
+from families.presets import PRESETS
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
 
 

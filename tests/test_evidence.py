@@ -23,7 +23,7 @@ import dmd
 import dmd2
 import phased_dmd
 from experiments import evidence, evidence_runs, finetune, vanilla
-from families import PRESETS
+from families.presets import PRESETS
 from harness.finished import load_run, noise_levels, students_of
 from harness.run import Run
 from tests.conftest import ROOT, only_run, same, small_args, stopped, student_weights
@@ -125,7 +125,7 @@ def test_the_same_run_twice(tmp_path, fails):
 
 
 def test_one_table_has_one_teacher(tmp_path, fails):
-    shutil.copytree(PRESETS["tiny"][0], tmp_path / "teacher")
+    shutil.copytree(PRESETS["tiny"].source, tmp_path / "teacher")
     for teacher in ("tiny", str(tmp_path / "teacher")):
         flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0, "guidance_scale": 1.0}
         dmd2.main(small_args(dmd2, **flags))

@@ -33,7 +33,8 @@ LONGEST = {
 }
 # what a user starts, beside the scripts: these, and what stands in these rooms itself; all else is a library
 PROGRAMS, PROGRAM_ROOMS = {"eval_vbench", "tiny.train", "prompts.compose", "docs.diffs"}, ("tools", "experiments")
-FAMILY, READ, REACHED = 110, 870, 1840
+FAMILY, READ, REACHED = 110, 870, 2080
+NO_FAMILY = {"classes", "folders", "images", "latents", "presets", "text"}
 
 
 @cache
@@ -80,7 +81,8 @@ def test_files_are_short(name):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_reader_opens_three_short_files(script):
-    longest_family = max(len(p.read_text().splitlines()) for n, p in files().items() if n.startswith("families."))
+    families = [name for name in files() if name.startswith("families.") and name.split(".")[1] not in NO_FAMILY]
+    longest_family = max(len(files()[name].read_text().splitlines()) for name in families)
     lines = {name: len(files()[name].read_text().splitlines()) for name in (script, "common")}
     total = sum(lines.values()) + longest_family
     print(f"{script}.py {lines[script]} + common.py {lines['common']} + a family {longest_family} = {total}")
@@ -102,9 +104,10 @@ def definitions(name):
 def reached(script):
     """{(module, definition): lines} of everything that a script's `main` leads to, followed by names.
 
-    A class counts as a whole. The script itself counts as a whole file; of other modules, the definitions.
+    A class counts as a whole. The script itself counts as a whole file; of other modules, the definitions. Families are
+    imported by name, so Wan's is given here.
     """
-    todo, seen = [(script, name) for name in definitions(script)], {}
+    todo, seen = [*((script, name) for name in definitions(script)), ("families.wan", "Wan")], {}
     while todo:
         module, name = todo.pop()
         node = definitions(module).get(name)

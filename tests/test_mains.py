@@ -23,12 +23,12 @@ import dmd
 import dmd2
 import phased_dmd
 from experiments import phased_ablations
-from families import PRESETS
+from families.presets import PRESETS
 from harness.preview import Preview
 from harness.run import Run
 from tests.conftest import only_run, small_args
 
-CPU, TINY = torch.device("cpu"), PRESETS["tiny"][0]
+CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 # small, but with everything on: micro-batches, guidance, both time scales, an average, annealing, AdamW's own numbers
 FLAGS = {
     "steps": 8, "student_every": 2, "batch_size": 2, "grad_accum": 2, "guidance_scale": 2.5, "shift": 3.0,

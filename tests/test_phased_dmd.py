@@ -14,13 +14,13 @@ import common
 import dmd2
 import phased_dmd
 from experiments.phased_ablations import velocity_gradient
-from families import PRESETS
+from families.presets import PRESETS
 from families.wan import Wan
 from harness.finished import load_run, students_of
 from tests.conftest import distance, only_run, popen, same, small_args, stopped, student_weights
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
 
-SHAPE, TINY = (1, 1, 1, 1), PRESETS["tiny"][0]
+SHAPE, TINY = (1, 1, 1, 1), PRESETS["tiny"].source
 
 
 def column(x):
@@ -376,7 +376,7 @@ def test_two_ranks_match_one(tmp_path, lora_rank):
         ({"phase_ends": (0.5, 0.75, 0.0)}, ["--phase-ends", "falling"]),
         ({"phase_ends": (1.0, 0.0)}, ["--phase-ends", "below 1"]),
         ({"phase_ends": ()}, ["--phase-ends"]),
-        ({"student_sigmas": (1.0, 0.99, 0.5), "phase_ends": (0.99, 0.0)}, ["--phase-ends", "below .98"]),
+        ({"student_sigmas": (1.0, 0.99, 0.5), "phase_ends": (0.99, 0.0)}, ["--score-ends", "below 0.98"]),
         ({"steps": 5}, ["--steps", "multiple of the 2 phases"]),
         ({"lora_rank": -1}, ["--lora-rank", "at least 0"]),
     ],

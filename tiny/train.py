@@ -19,6 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tiny/train.py` finds the package
 
+from tiny.training.image_to_video import train_image_to_video  # noqa: E402
 from tiny.training.report import denoiser, levels, report  # noqa: E402
 from tiny.training.teacher import train_teacher  # noqa: E402
 from tiny.training.vae import vae_stage  # noqa: E402
@@ -28,8 +29,9 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Args:
-    stage: Literal["all", "vae", "teacher", "report", "levels", "denoiser"] = "all"
-    """What to run: `all` is `vae`, `teacher` and `report`, each of which needs those before it. Two more read `out`.
+    stage: Literal["all", "vae", "teacher", "report", "image-to-video", "levels", "denoiser"] = "all"
+    """What to run: `all` is `vae`, `teacher` and `report`, each of which needs those before it. Three more read `out`.
+    `image-to-video`: the teacher trained on with the first frame given, into <out>_i2v.
     `levels`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost.
     `denoiser`: the error of the teacher's prediction at high noise beside that of the best possible one."""
     out: Path = HERE.parent / "runs" / "tiny" / "teacher"
@@ -54,6 +56,8 @@ class Args:
     """Clips that the teacher trains on, encoded once."""
     steps: int = 57500
     """Teacher updates."""
+    i2v_steps: int = 6000
+    """Updates of the image-to-video teacher, at half the learning rate."""
     batch: int = 32
     """Clips per teacher update."""
     lr: float = 2e-3
@@ -79,7 +83,7 @@ class Args:
 def check(args):
     """Exit with one line on arguments that cannot work."""
     problem = None
-    counts = ("vae_steps", "decoder_steps", "vae_batch", "steps", "batch", "save_every", "samples")
+    counts = ("vae_steps", "decoder_steps", "vae_batch", "steps", "i2v_steps", "batch", "save_every", "samples")
     for name in (*counts, "vae_lr", "lr", "shift", "train_shift"):
         if getattr(args, name) <= 0:
             problem = f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}"
@@ -91,7 +95,10 @@ def check(args):
         problem = "--dropout must be in [0, 1] and --ema-decay in [0, 1)"
     if args.stage == "teacher" and not (args.work / "vae" / "config.json").exists():
         problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
-    if args.stage in ("report", "levels", "denoiser") and not (args.out / "model_index.json").exists():
+    if (
+        args.stage in ("report", "image-to-video", "levels", "denoiser")
+        and not (args.out / "model_index.json").exists()
+    ):
         problem = f"no teacher in {args.out}: run --stage all first"
     if problem:
         print(f"tiny/train.py: {problem}", file=sys.stderr)
@@ -108,6 +115,8 @@ def main(args):
         train_teacher(args)
     if args.stage in ("all", "report"):
         report(args)
+    if args.stage == "image-to-video":
+        train_image_to_video(args)
     if args.stage == "levels":
         levels(args)
     if args.stage == "denoiser":

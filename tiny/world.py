@@ -112,3 +112,23 @@ def clip(seed, index, caption=None):
     """Video [3, f, h, w], its caption, and its factors as a dict; a given `caption` fixes colour and kind."""
     videos, captions = batch(seed, [index], caption)
     return videos[0], captions[0], draw_factors(seed, index, caption)
+
+
+def continuations(seed, index, caption, count):
+    """Videos [count, 3, f, h, w] of other clips that begin with the first frame of clip (seed, index, caption).
+
+    Direction and speed are drawn from what the world gives a shape that is there: uniform, weighed by how likely each
+    puts it there (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries.
+    """
+    f, rng = draw_factors(seed, index, caption), np.random.default_rng([seed, index, 1])
+    speed, direction = rng.uniform(*RANGES["speed"], 4096), rng.uniform(-math.pi, math.pi, 4096)
+    weight = np.ones(4096)
+    reach = [f["size"] * reach for reach in REACH[KINDS[f["kind"]]]]
+    for start, step, (before, after) in (("x", np.cos(direction), reach[:2]), ("y", np.sin(direction), reach[2:])):
+        half = speed * step * (FRAMES - 1) / 2
+        low, high = before + abs(half), SIZE - after - abs(half)
+        weight *= (low <= f[start] + half) * (f[start] + half <= high) / (high - low)
+    picked = rng.choice(4096, count, p=weight / weight.sum())
+    factors = {name: torch.tensor([value] * count) for name, value in f.items()}
+    own = {"speed": torch.tensor(speed[picked]).float(), "direction": torch.tensor(direction[picked]).float()}
+    return render(factors | own)

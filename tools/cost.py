@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/cost.py` finds the scripts
 
-from harness.flags import check_flags, one_line_errors, parse_args, recipe_name, with_recipe  # noqa: E402
+from harness.flags import check_flags, one_line_errors, parse_args, with_recipe  # noqa: E402
 
 import common  # noqa: E402
-from families import PRESETS  # noqa: E402
+from families.presets import PRESETS, TINY_WORLD, name_of  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
 
@@ -113,32 +113,35 @@ def args_of(script):
 
 def recipe_gpus(teacher):
     """GPUs that the recipes' batches are written for."""
-    return 1 if recipe_name(teacher) == "tiny" else 8
+    return 1 if name_of(teacher) in TINY_WORLD else 8
 
 
 def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
-    if teacher not in PRESETS or teacher == "tiny":
+    if teacher not in PRESETS or teacher in TINY_WORLD:
         return common.Model(teacher, frames, height, width)
-    from families.classes import FAMILIES
+    from families.classes import family_of
 
-    _, config, pipeline = PRESETS[teacher]
-    family = FAMILIES[pipeline]
+    preset = PRESETS[teacher]
+    family = family_of(preset.kind, teacher)
     with torch.device("meta"):
-        config = dict(family.transformer_class.from_config(config).config)
-    shape, patch = family.shapes(config, {}, frames, height, width)
+        config = dict(family.transformer_class.from_config(preset.config).config)
+    vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
+    shape, patch = family.shapes(config, vae, frames, height, width)
     return SimpleNamespace(
         name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
-        text_length=512, text_dim=config["text_dim"],
+        text_length=512, text_dim=config[family.text_dim], conditions=family.conditions(config, shape), index={},
     )  # fmt: skip
 
 
 def one_forward(model):
     """(network on the meta device in bf16, FLOPs of a forward of one sample, bytes that autograd keeps of it)."""
     with torch.device("meta"):
-        network = model.family(model.family.transformer_class.from_config(model.config)).to(torch.bfloat16)
+        parts = [model.family.transformer_class.from_config(model.config) for _ in model.family.parts]
+        network = model.family(*parts, index={"boundary_ratio": 0.5}).to(torch.bfloat16)
         x_t = torch.empty(1, *model.latent_shape)
         sigma, cond = torch.empty(1), {"text": torch.empty(1, model.text_length, model.text_dim)}
+        cond |= {key: torch.empty(1, *shape) for key, shape in model.conditions.items()}
     owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def keep(tensor):  # each storage once, and not the weights
@@ -163,7 +166,7 @@ def teacher_forwards(script, args):
     """Forwards of the teacher before the first step: for pairs, or for clips where a method needs some and has none."""
     if script.__name__ == "dmd":
         return 0 if args.pairs else 2 * args.num_samples * args.pair_steps
-    has_clips = args.data or (recipe_name(args.teacher) == "tiny" and not args.prompts)
+    has_clips = args.data or (name_of(args.teacher) in TINY_WORLD and not args.prompts)
     return 2 * args.num_samples * args.teacher_steps if script.needs_clips(args) and not has_clips else 0
 
 

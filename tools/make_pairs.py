@@ -32,7 +32,7 @@ def main(out, args):
     check_flags(args)
     device = common.init_distributed()
     model = common.Model(args.teacher, args.frames, args.height, args.width)
-    data = common.load_data(model, args.prompts, args.data, cache, device, args.seed)
+    data = common.load_data(model, args.prompts, args.data, cache, device, args.seed, args.images)
     settings = (args.guidance_scale, args.shift, args.pair_steps)
 
     # the folder says what its pairs are, so that others are not added to them

@@ -13,6 +13,7 @@ or with other clips: it encodes those that no shard holds yet.
 
 import secrets
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,7 @@ class Args:
     """Table of videos and captions, in place of .txt files: JSONL, or CSV with a header. Columns: file_name, path,
     video or file (below the folder of clips), and caption, text or prompt."""
     teacher: str = "wan2.1-1.3b"
-    """Whose VAE and text encoder: tiny, wan2.1-1.3b, wan2.1-14b, or a local folder in the diffusers layout."""
+    """Whose VAE and encoders: a name (README lists them), or a local folder in the diffusers layout, perhaps :i2v."""
     frames: Annotated[int | None, Ge(1)] = None
     """Frames of a clip; a shorter video is skipped. None: as many as the scripts train on with this teacher."""
     height: Annotated[int | None, Ge(1)] = None
@@ -82,9 +83,10 @@ def turns(count, name):
 
 def settings_key(model, frames, height, width):
     """A number of all that turns videos and captions into what the shards hold."""
-    files = [file for part in ("vae", "text_encoder") for file in sorted((model.folder / part).iterdir())]
-    encoders = stamps([file for file in files if file.is_file()])
-    return hashed(READER, frames, height, width, model.fps, model.latent_shape, model.text_length, encoders)
+    parts = ("vae", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
+    encoders = stamps([file for part in parts for file in sorted((model.folder / part).glob("*")) if file.is_file()])
+    shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
+    return hashed(READER, frames, height, width, model.fps, *shapes, model.text_length, encoders)
 
 
 def keys_in(out):
@@ -160,26 +162,28 @@ def main(args):
 
     if todo:
         encoded = common.encode_text(model, [clip.caption for _, clip in todo], args.out / "text", device)
-        vae = model.load_vae(device)
+        vae, read = model.load_vae(device), model.image_encoder(device)
     skipped, encoded_here = skipped if dist.get_rank() == 0 else [], 0
     for turn in turns(len(parts), name):
-        kept, latents = [], []
+        kept, tensors = [], defaultdict(list)
         for number in parts[turn]:
             clip = todo[number][1]
             try:
-                latent = common.encode(vae, read_clip(clip.path, frames, height, width, model.fps)[None])[0].cpu()
-                if not latent.isfinite().all():
+                video = read_clip(clip.path, frames, height, width, model.fps)[None]
+                own = {"latents": common.encode(vae, video), **read(video[:, :, :1])}  # and what its first frame gives
+                if not own["latents"].isfinite().all():
                     raise Unreadable("the VAE gives latents that are not finite")
             except Unreadable as error:
                 skipped.append((clip.name, str(error)))
                 continue
             kept.append(number)
-            latents.append(latent)
+            for key, value in own.items():
+                tensors[key].append(value[0].cpu())
         if kept:
             captions, keys = zip(*((todo[number][1].caption, todo[number][0]) for number in kept), strict=True)
             texts = [opened(file).get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in kept)]
             path = args.out / f"{done + parts[turn][0]:08d}_{hashed(*keys):016x}.safetensors"
-            write_shard(path, list(captions), texts, latents=latents, clip=[torch.tensor(key) for key in keys])
+            write_shard(path, list(captions), texts, **tensors, clip=[torch.tensor(key) for key in keys])
         encoded_here += len(kept)
         print(
             f"shard {turn + 1} of {len(parts)}: {len(kept)} clips, {len(parts[turn]) - len(kept)} skipped", flush=True

@@ -91,15 +91,24 @@ def text_table(text_encoder, tokens):
     return F.pad(embeddings * tokens.attention_mask[..., None], (0, 0, 0, 1))
 
 
-def cached_latents(args):
+def padding_bias(text, g):
+    """PaddedText's bias for embeddings [b, tokens + 1, d]: one row in eight has as many pads as in WanPipeline."""
+    stock = torch.rand(len(text), generator=g) < 1 / 8
+    pads = torch.where(stock, STOCK_TEXT_LENGTH, TEXT_LENGTH) - (text.shape[1] - 1)
+    bias = torch.zeros(len(text), 1, 1, text.shape[1])
+    bias[..., -1] = torch.log(pads)[:, None, None]
+    return bias
+
+
+def cached_latents(args, vae, name):
     """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w], and caption indices.
 
-    Encoded in chunks, so that an interrupted run goes on where it stopped.
+    Encoded in chunks, in files of that name in --work, so that an interrupted run goes on where it stopped.
     """
-    vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
+    args.work.mkdir(parents=True, exist_ok=True)
     size, chunks = 2048, []
     for first in range(0, args.clips, size):
-        path = args.work / f"latents-{args.seed + 2}-{first}.safetensors"
+        path = args.work / f"{name}-{args.seed + 2}-{first}.safetensors"
         if not path.exists():
             latents, labels = [], []
             for i in range(first, first + size, 64):
@@ -150,7 +159,7 @@ def posterior_mean(x_t, sigma, clips, squares):
 
 def train_teacher(args):
     """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
-    latents, labels = cached_latents(args)
+    latents, labels = cached_latents(args, AutoencoderKLWan.from_pretrained(args.work / "vae"), "latents")
     order = labels.argsort(stable=True)
     latents, labels = latents[order].float(), labels[order]
     counts = torch.bincount(labels, minlength=len(world.CAPTIONS)).tolist()
@@ -194,10 +203,7 @@ def train_teacher(args):
             same = (shown == label) & (sigma > 0.8)  # below, only the clip itself counts
             x0[same] = posterior_mean(x_t[same], sigma[same], clips, squares)
         text = text_table(text_encoder, tokens)[shown]
-        stock = torch.rand(args.batch, generator=g) < 1 / 8
-        pads = torch.where(stock, STOCK_TEXT_LENGTH, TEXT_LENGTH) - (text.shape[1] - 1)
-        padded.bias = torch.zeros(args.batch, 1, 1, text.shape[1])
-        padded.bias[..., -1] = torch.log(pads)[:, None, None]
+        padded.bias = padding_bias(text, g)
 
         v = velocity(x_t, 1000 * sigma, text, return_dict=False)[0]
         loss = F.mse_loss(v, (x_t - x0) / s)

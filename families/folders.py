@@ -1,0 +1,52 @@
+"""A teacher's folder: downloaded if it has to be, and whole."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from families.presets import I2V, PRESETS, TINY_WORLD
+from harness.files import Fatal, read_json, readable
+
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+
+
+def teacher_folder(teacher):
+    """Local folder of a teacher in the diffusers layout, downloaded once if it is on the Hub, whose weights are whole.
+
+    teacher: a name in PRESETS, or a folder, with :i2v after it for the image-to-video of one that does both.
+    """
+    folder = source = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
+    if teacher in PRESETS and teacher not in TINY_WORLD:
+        repository, _, revision = source.partition("@")
+        patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+        try:  # the Hub's client locks, so that one process of a machine downloads
+            folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        except Exception as error:  # it raises a dozen kinds for "no network", "no access", "no space"
+            version = f" --revision {revision}" if revision else ""
+            raise Fatal(
+                f"cannot get {source} ({type(error).__name__}). Offline: run `hf download {repository}{version} "
+                f"--local-dir DIR` where there is a network, copy DIR here and pass --teacher DIR"
+                f"{':i2v' if PRESETS[teacher].kind.endswith(I2V) else ''}"
+            ) from None
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Fatal(f"unknown teacher {teacher!r}: use {', '.join(PRESETS)}, or a folder in the diffusers layout")
+    index = read_json(folder / "model_index.json")
+    for part in PARTS:
+        needed = part in ("transformer", "vae", "text_encoder", "tokenizer") or (index.get(part) or [None])[0]
+        if needed and not (folder / part).is_dir():
+            raise Fatal(f"{folder} has no {part}/ folder: not a complete copy in the diffusers layout")
+        if needed and part not in ("tokenizer", "image_processor") and not (folder / part / "config.json").is_file():
+            raise Fatal(f"{folder / part} has no config.json: not a complete copy in the diffusers layout")
+        files = sorted((folder / part).glob("*.safetensors"))
+        if needed and not files and part not in ("tokenizer", "image_processor"):
+            raise Fatal(f"{folder / part} holds no *.safetensors: not a complete copy, download it again")
+        if any(".fp16." in file.name for file in files):
+            raise Fatal(
+                f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files alone"
+            )
+        for file in files:  # each is as long as its header says
+            with readable(file), safe_open(file, framework="pt"):
+                pass
+    return folder

@@ -1,0 +1,69 @@
+"""Images: the first frames that image-to-video begins with."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+
+from harness.files import Fatal
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_images(folder, count, height, width):
+    """Paths of the images of `count` prompts: that of line n of a file of prompts is named n (1.png, 002.jpg, …).
+
+    Says how many have another aspect than height x width.
+    """
+    if not Path(folder).is_dir():
+        raise Fatal(f"--images: no such folder {folder}")
+    found, cropped = {}, []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.stem.isdecimal():
+            if int(path.stem) in found:
+                raise Fatal(f"--images: {path} and {found[int(path.stem)].name} are both of line {int(path.stem)}")
+            found[int(path.stem)] = path
+    for line in range(1, count + 1):
+        if line not in found:
+            raise Fatal(
+                f"--images: no image of prompt {line} of {count} in {folder}: name it by the prompt's line, {line}.png "
+                f"({', '.join(SUFFIXES)})"
+            )
+        with opened(found[line]) as file:
+            scale = max(width / file.width, height / file.height)
+            if max(scale * file.width - width, scale * file.height - height) >= 1:
+                cropped.append(found[line])
+    if cropped and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{len(cropped)} of {count} images have another aspect and are cropped in the middle, as {cropped[0]}")
+    return [found[line] for line in range(1, count + 1)]
+
+
+@contextmanager
+def opened(path):
+    """A PIL image of a file; one line if it is none."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Fatal(f"cannot read the image {path} ({str(error).splitlines()[0]})") from None
+
+
+def read_images(paths, height, width):
+    """Images as videos of one frame [n, 3, 1, height, width] in [0, 1], scaled to cover it and cut in the middle."""
+    videos = []
+    for path in paths:
+        with opened(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+        videos.append(rearrange(pixels, "h w c -> c 1 h w").float() / 255)
+    return torch.stack(videos)
+
+
+def to_pil(video):
+    """The first frame of a video [3, f, h, w] in [0, 1] as a PIL image."""
+    pixels = (video[:, 0].clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().numpy())

@@ -1,0 +1,40 @@
+"""Wan 2.2 TI2V 5B: text-to-video as Wan 2.1's; image-to-video with the clean first latent frame in its place.
+
+For image-to-video cond holds "first" [b, c, 1, h, w]: the tokens of the first frame are at noise level 0, and its
+velocity is the one that leads there, so that every prediction of x0 keeps the frame.
+"""
+
+import torch
+
+from families.latents import encode
+from families.wan import Wan
+
+
+class Wan5B(Wan):
+    fps = 24
+
+
+class Wan5BI2V(Wan5B):
+    def velocity(self, x_t, sigma, cond):
+        dtype, (_, ph, pw) = self.transformer.patch_embedding.weight.dtype, self.transformer.config.patch_size
+        first, (_, _, f, h, w) = cond["first"], x_t.shape
+        level = sigma.float()[:, None].repeat(1, f)
+        level[:, 0] = 0
+        timestep = 1000 * level.repeat_interleave(h // ph * (w // pw), dim=1)  # one per token
+        x = torch.cat([first, x_t[:, :, 1:]], dim=2).to(dtype)
+        v = self.transformer(x, timestep, cond["text"].to(dtype), return_dict=False)[0].float()
+        return torch.cat([(x_t[:, :, :1] - first) / sigma.view(-1, 1, 1, 1, 1), v[:, :, 1:]], dim=2)
+
+    @staticmethod
+    def conditions(config, shape):
+        return {"first": (shape[0], 1, *shape[2:])}
+
+    @staticmethod
+    def first_latent(cond):
+        """Latents [b, c, 1, h, w] of the image in cond."""
+        return cond["first"]
+
+    @staticmethod
+    def image_encoder(folder, vae, frames):
+        """A function: first frames [b, 3, 1, h, w] in [0, 1] -> what cond holds of them."""
+        return lambda images: {"first": encode(vae, images)}
