@@ -110,7 +110,8 @@ class Run:
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
         # SIGHUP is a closed terminal's, SIGUSR1 a cluster's warning
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in signals}
+        # under nohup a hang-up is ignored, and stays so
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
     def open_folder(self, resumed):
         """The run's folder, which no other process may train in while this one lives; None if one does."""

@@ -622,12 +622,24 @@ def test_files_have_the_modes_that_umask_asks_for(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_closed_terminal_and_a_cluster_s_warning_save_too(tmp_path, number):
+    signal.signal(number, signal.SIG_DFL)  # a test under nohup has it ignored
     run = Run(dmd.__file__, small_args(runs_dir=tmp_path))
     run.restore({}, {})
     os.kill(os.getpid(), number)
     assert run.stop_signal() == number
     run.close()
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_is_ignored_stays_so(tmp_path):
+    """nohup python dmd.py …: a closed terminal does not end it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = Run(dmd.__file__, small_args(runs_dir=tmp_path))
+    run.restore({}, {})
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert run.stop_signal() == 0
+    run.close()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_a_teacher_that_gives_nan_does_not_train_in_silence(tmp_path, fails, copied_teacher):
