@@ -268,8 +268,8 @@ def main(args):
         numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
         clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
         if model.conditions:  # what else may follow these images
-            every = [tiny.continuations(1, 10**9 + p, caption, args.seeds) for p, caption in enumerate(tiny.CAPTIONS)]
-            clips = torch.cat(every)
+            images_of = enumerate(tiny.CAPTIONS, 10**9)
+            clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     for steps, guidance in dict.fromkeys([*plans[:1], (args.teacher_steps[0], 1.0), *plans[1:]]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from harness.files import Fatal
 
@@ -33,8 +33,9 @@ def find_images(folder, count, height, width):
                 f"({', '.join(SUFFIXES)})"
             )
         with opened(found[line]) as file:
-            scale = max(width / file.width, height / file.height)
-            if max(scale * file.width - width, scale * file.height - height) >= 1:
+            w, h = file.size[::-1] if file.getexif().get(ExifTags.Base.Orientation, 1) > 4 else file.size
+            scale = max(width / w, height / h)
+            if max(scale * w - width, scale * h - height) >= 1:
                 cropped.append(found[line])
     if cropped and int(os.environ.get("RANK", 0)) == 0:
         print(f"{len(cropped)} of {count} images have another aspect and are cropped in the middle, as {cropped[0]}")

@@ -113,12 +113,13 @@ def load_state(checkpoint, networks, optimizers):
         raise Fatal(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
 
 
-def load_init(path, networks):
+def load_init(path, networks, args):
     """Start networks from a checkpoint (or the newest one of a run folder) of any script, or from a student alone.
 
-    networks: dict of "student", "fake_score" and perhaps "ema". What the checkpoint lacks keeps the teacher's weights,
-    and an average starts at the student; both are said. What only the checkpoint has is ignored. Of a run with phases
-    one expert must be named, by its folder: student/transformer, student/transformer_2, …
+    networks: dict of "student", "fake_score" and perhaps "ema"; args: the new run's flags, a dict. What the checkpoint
+    lacks keeps the teacher's weights, and an average starts at the student; both are said, as are other noise levels.
+    What only the checkpoint has is ignored. Of a run with phases one expert must be named, by its folder:
+    student/transformer, student/transformer_2, …
     """
     path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
     is_checkpoint, student = (path / "checkpoint.json").is_file(), networks["student"]
@@ -147,6 +148,10 @@ def load_init(path, networks):
     if dist.get_rank() == 0:
         lacking = "; it has no fake score, which starts from the teacher" if "fake_score" not in found else ""
         print(f"starting from {', '.join(sorted(found))} of {path}{lacking if 'fake_score' in networks else ''}")
+        levels = read_json(path / "args.json").get("student_sigmas") if is_checkpoint else None
+        if levels and levels != args.get("student_sigmas"):
+            flag = f"--student-sigmas {' '.join(map(str, levels))}"
+            print(f"its student had other noise levels than this run's: {flag} are the same")
 
 
 def load_networks(checkpoint, networks):

@@ -94,7 +94,7 @@ class Run:
         if self.checkpoint:
             load_state(self.checkpoint, networks, optimizers)
         elif self.init:
-            load_init(self.init, networks)
+            load_init(self.init, networks, self.args)
         resumed = bool(self.checkpoint) and self.folder == self.checkpoint.parents[1]
         found = [self.open_folder(resumed) if self.rank == 0 else None]
         dist.broadcast_object_list(found)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # file: (tests that must notice, [(passage, what replaces it, which of its occurrences)])
 MAINS = "tests/test_mains.py -k"
-SIGMA = "sigma = sample_sigma(rng, args.shift)"
+SIGMA = "sigma = sample_sigma(rng, args.shift, *args.score_times)"
 FAKE = "x0_fake = predict_x0(fake_score, x_t, sigma, cond)"
 REAL = "x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)"
 BACKWARD = "(loss / args.grad_accum).backward()"
@@ -49,7 +49,10 @@ SHARED = [  # lines that dmd.py and its descendants share
     ("args.fake_score_lr * lr_scale", "args.lr * lr_scale", 1),
     ('data.micro_batches("student", step,', 'data.micro_batches("student", step + 1,', 1),
 ]  # fmt: skip
-TIMES = [(SIGMA, SIGMA.replace("args.shift", "1.0"), 1), (SIGMA, SIGMA.replace("args.shift", "1.0"), 2)]
+TIMES = [
+    (SIGMA, SIGMA.replace(own, other), which)
+    for own, other in (("args.shift", "1.0"), (", *args.score_times", "")) for which in (1, 2)
+]  # fmt: skip
 GAN = [
     ("discriminator_loss(logits_fake, fake_score.heads(features))", "discriminator_loss(fake_score.heads(features), logits_fake)", 1),
     ("add_noise(x0_data(), noise, sigma)", "add_noise(data.latents([n + 1 for n in rng.numbers]), noise, sigma)", 1),
@@ -133,8 +136,8 @@ MUTANTS = {
         ("for network in (student, fake_score, ema)", "for network in (student, ema)", 1),
         ("common.ema_update(experts[-1], ema, decay=0)", "common.ema_update(experts[-1], student, decay=0)", 1),
         ("students=[*experts, ema]", "students=[ema, *experts]", 1),
-        ("sample_sigma(rng, args.shift, end)", "sample_sigma(rng, args.shift, 0.0)", 1),
-        ("sample_sigma(rng, args.shift, end)", "sample_sigma(rng, args.shift, 0.0)", 2),
+        ("sample_sigma(rng, args.shift, floor,", "sample_sigma(rng, args.shift, 0.0,", 1),
+        ("sample_sigma(rng, args.shift, floor,", "sample_sigma(rng, args.shift, 0.0,", 2),
         ('"betas": args.betas, ', "", 1),
     ]),
     "experiments/phased_ablations.py": (f"{MAINS} test_phased", [
@@ -149,8 +152,41 @@ MUTANTS = {
         ("timestep = 1000 * sigma.float()", "timestep = (1000 * sigma).bfloat16()", 1),
         ("timestep = 1000 * sigma.float()", "timestep = 999 * sigma.float()", 1),
         ("[features[i] for i in read]", "list(features.values())", 1),
-        ("        for hook in hooks:\n            hook.remove()\n", "", 1),
+        ("                hook.remove()", "                pass", 1),
     ]),
+    "families/wan_i2v.py": ("tests/test_families.py", [
+        ("torch.cat([x_t, cond[\"image\"]], dim=1)", "torch.cat([cond[\"image\"], x_t], dim=1)", 1),
+        ("mask[:, :, 0] = 1", "mask[:] = 1", 1),
+        ("hidden_states[-2]", "hidden_states[-1]", 1),
+        ("frames - 1, *images.shape[3:]), 0.5)", "frames - 1, *images.shape[3:]), 0.0)", 1),
+        ("return cond[\"image\"][:, 4:, :1]", "return cond[\"image\"][:, 4:, 1:2]", 1),
+    ]),
+    "families/wan_experts.py": ("tests/test_families.py", [
+        ("high = sigma >= self.boundary", "high = sigma > 1 - self.boundary", 1),
+        ("part * weight", "part", 1),
+        ("dist.all_reduce(needed, op=dist.ReduceOp.MAX)", "pass", 1),
+    ]),
+    "families/wan_5b.py": ("tests/test_families.py", [
+        ("level[:, 0] = 0", "pass", 1),
+        ("x = torch.cat([first, x_t[:, :, 1:]], dim=2)", "x = x_t", 1),
+        ("(x_t[:, :, :1] - first) / sigma", "(first - x_t[:, :, :1]) / sigma", 1),
+    ]),
+    "families/cosmos.py": ("tests/test_families.py", [
+        ("level[:, :, :known], mask[:, :, :known] = 1e-4, 1", "mask[:, :, :known] = 1", 1),
+        ("level[:, :, :known], mask[:, :, :known] = 1e-4, 1", "level[:, :, :known] = 1e-4", 1),
+        ("F.gelu(text)", "text", 1),
+        ("transformer.crossattn_proj.forward = lambda text: text", "pass", 1),
+    ]),
+    "families/qwen_image.py": ("tests/test_families.py", [
+        ("cond[\"text\"].any(dim=-1),", "cond[\"text\"].any(dim=-1) | True,", 1),
+        ("(c p q)\", p=2, q=2)", "(p q c)\", p=2, q=2)", 1),
+    ]),
+    "families/images.py": ("tests/test_families.py", [
+        ("int(path.stem)] = path", "int(path.stem) - 1] = path", 1),
+        ("ImageOps.exif_transpose(file).convert", "file.convert", 1),
+        ("rearrange(pixels, \"h w c -> c 1 h w\")", "rearrange(pixels.flip(2), \"h w c -> c 1 h w\")", 1),
+    ]),
+    "families/text.py": ("tests/test_runs.py", [("len(row) > length", "len(row) >= length", 1)]),
     "families/latents.py": (COMMON, [
         ("return (latents.float() - mean) / std", "return (latents.float() + mean) / std", 1),
         ("(latents * std + mean)", "(latents * std)", 1),
@@ -177,7 +213,7 @@ MUTANTS = {
     ]),
     "harness/run.py": (COMMON, [
         ("(packed / dist.get_world_size())", "packed", 1),
-        ("load_init(self.init, networks)", "pass", 1),
+        ("load_init(self.init, networks, self.args)", "pass", 1),
     ]),
     "harness/preview.py": (MAINS.removesuffix(" -k"), [
         ("number // self.seeds", "number % self.seeds", 1),

@@ -219,7 +219,8 @@ def test_init_takes_student_fake_score_and_average_of_an_earlier_run(tmp_path, c
     for name in ("student", "fake_score"):
         wanted = {k: v for k, v in part(before, name).items() if "heads" not in k}
         assert same(part(after, name), wanted)
-    assert "starting from ema, fake_score, student" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "starting from ema, fake_score, student" in out and "noise levels" not in out
 
 
 def test_init_from_a_student_alone(tmp_path, capsys):

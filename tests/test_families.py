@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import codmd
@@ -373,6 +374,20 @@ def test_images_that_cannot_be(name, flags, words, folders, prompts, tmp_path, f
     if "teacher" in flags:
         flags = {"teacher": f"{args.teacher}:i2v"}
     fails(lambda: dmd2.main(dataclasses.replace(args, **flags)), *words)
+
+
+def test_a_turned_photo_is_turned_back(tmp_path, capsys):
+    """Phones write what way is up beside pixels that lie on their side: such an image has its upright aspect."""
+    pixels = torch.rand(3, 1, 24, 40, generator=torch.Generator().manual_seed(0))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter, clockwise
+    to_pil(pixels).save(tmp_path / "1.png", exif=exif)
+    (path,) = find_images(tmp_path, 1, 40, 24)
+    assert capsys.readouterr().out == ""
+    upright = torch.rot90(pixels, -1, (2, 3))
+    assert (read_images([path], 40, 24)[0] - upright).abs().max() < 1 / 255
+    find_images(tmp_path, 1, 24, 40)
+    assert "cropped in the middle" in capsys.readouterr().out
 
 
 def test_images_are_cropped_in_the_middle_and_said_so(folders, prompts, tmp_path, fails, capsys):

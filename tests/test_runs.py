@@ -333,11 +333,12 @@ def test_a_table_is_not_taken_for_prompts(tmp_path, fails):
 
 def test_what_a_prompt_loses_is_told_once(tmp_path, capsys):
     device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
-    prompts = ["a red circle", "a red dragon", "a red circle " * 40]
+    whole = "a red circle " * (model.text_length // 3)  # with the end's token exactly as long as may be
+    prompts = ["a red circle", "a red dragon", "a red circle " * 40, whole]
     common.encode_text(model, prompts, tmp_path, device)
     said = capsys.readouterr().out
-    assert "1 of 3 prompts have words that the tokenizer does not know, the first: 'a red dragon'" in said
-    assert f"1 of 3 prompts are cut at the text encoder's {model.text_length} tokens" in said
+    assert "1 of 4 prompts have words that the tokenizer does not know, the first: 'a red dragon'" in said
+    assert f"1 of 4 prompts are cut at the text encoder's {model.text_length} tokens" in said
     common.encode_text(model, prompts, tmp_path, device)
     common.encode_text(model, tiny.CAPTIONS, tmp_path, device)
     assert capsys.readouterr().out == ""

@@ -1,21 +1,27 @@
 """The laptop world: clips are what their factors say, read_factors is right and honest, the shipped teacher works."""
 
 import math
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from einops import rearrange
+from safetensors.torch import load_file
 
+import common
+from families.images import to_pil
+from families.presets import PRESETS
 from tiny import measures, train, world
 from tiny.training import report, teacher, vae
 from tiny.training.optim import orthogonalise
 
 TEACHER = Path(world.__file__).parent / "teacher"
 COUNT = 384
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +361,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"stage": "levels", "out": tmp_path},
         {"stage": "denoiser", "out": tmp_path},
         {"stage": "teacher", "work": tmp_path},
+        {"stage": "image-to-video", "out": tmp_path},
     ):
         with pytest.raises(SystemExit) as stop:
             train.main(train.Args(**bad))
@@ -382,3 +389,58 @@ def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
     wanted, weight = clips[rows], x_t[:, :1].tanh()  # also where x_t is large or small
     assert ((target - wanted) * weight).mean(0).abs().max() < 0.03
     assert (target - wanted).square().mean() < wanted.square().mean()
+
+
+def test_continuations_begin_with_the_clip_and_move_as_the_world_does():
+    """A clip's own motion is one more draw from the motions that its first frame leaves open: shapes at the edge move
+    inwards in both alike.
+    """
+    clips, _ = world.batch(3, [7], [world.CAPTIONS[4]])
+    others = world.continuations(3, 7, world.CAPTIONS[4], 6)
+    assert torch.equal(others[:, :, 0], clips[:, :, 0].expand(6, -1, -1, -1))
+    assert not torch.equal(others, world.continuations(3, 7, world.CAPTIONS[4], 6, draw=1))
+
+    own, other = [], []
+    for i in range(600):
+        factors = world.draw_factors(3, i)
+        speed, direction = world.other_motions(3, i, None, 1)
+        for rows, s, d in ((own, factors["speed"], factors["direction"]), (other, speed.item(), direction.item())):
+            inwards = (16 - factors["x"]) * math.cos(d) + (16 - factors["y"]) * math.sin(d)
+            rows.append((inwards, s, s * inwards, s**2, math.sin(d), math.cos(d)))
+    own, other = torch.tensor(own), torch.tensor(other)
+    error = (own - other).std(0) / 600**0.5
+    assert ((own - other).mean(0).abs() < 3.5 * error).all()
+    assert own[:, 0].mean() > 10 * error[0], "directions drawn alike would have a mean of 0"
+
+
+def test_stock_pipeline_goes_on_from_an_image():
+    """The image-to-video teacher in WanImageToVideoPipeline: the frame stays, the shape is the caption's and moves."""
+    pipe = WanImageToVideoPipeline.from_pretrained(PRESETS["tiny-i2v"].source)
+    pipe.set_progress_bar_config(disable=True)
+    numbers, captions = range(10**9, 10**9 + 4), [world.CAPTIONS[i] for i in (0, 4, 8, 10)]
+    first = world.batch(3, numbers, captions)[0][:, :, :1]
+    videos = []
+    for image, caption in zip(first, captions, strict=True):
+        out = pipe(
+            to_pil(image), caption, height=32, width=32, num_frames=9, num_inference_steps=30, guidance_scale=1.0,
+            max_sequence_length=16, generator=torch.Generator().manual_seed(0), output_type="pt",
+        )  # fmt: skip
+        videos.append(out.frames[0].movedim(0, 1))
+    videos = torch.stack(videos).float()
+    assert (videos[:, :, 0] - first[:, :, 0]).abs().mean() < 0.01
+    read = measures.read_factors(videos)
+    assert measures.summary(videos, captions)["right"] == 100
+    assert (read["speed"] > 0.3).all() and (read["coherence"] < 0.5).all()
+
+
+def test_image_to_video_stage_writes_a_teacher(tmp_path):
+    """Two updates from the shipped weights; beside the transformer the folder holds links."""
+    shutil.copytree(TEACHER, tmp_path / "teacher")
+    where = {"out": tmp_path / "teacher", "work": tmp_path / "work"}
+    train.main(train.Args(stage="image-to-video", clips=2048, i2v_steps=2, compile=False, threads=1, **where))
+    model = common.Model(f"{tmp_path / 'teacher_i2v'}", world.FRAMES, world.SIZE, world.SIZE)
+    assert model.world and set(model.conditions) == {"first"}
+    network, before = (load_file(f / "transformer" / WEIGHTS) for f in (model.folder, TEACHER))
+    assert network.keys() == before.keys()
+    assert any(not torch.equal(network[key], before[key]) for key in before)
+    assert load_file(model.folder / "vae" / WEIGHTS).keys() == load_file(TEACHER / "vae" / WEIGHTS).keys()

@@ -114,13 +114,13 @@ def clip(seed, index, caption=None):
     return videos[0], captions[0], draw_factors(seed, index, caption)
 
 
-def continuations(seed, index, caption, count):
-    """Videos [count, 3, f, h, w] of other clips that begin with the first frame of clip (seed, index, caption).
+def other_motions(seed, index, caption, count, draw=0):
+    """Speeds and directions, two tensors [count], of other clips that begin with the first frame of a clip.
 
-    Direction and speed are drawn from what the world gives a shape that is there: uniform, weighed by how likely each
-    puts it there (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries.
+    They are drawn from what the world gives a shape that is there: uniform, weighed by how likely each puts it there
+    (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries.
     """
-    f, rng = draw_factors(seed, index, caption), np.random.default_rng([seed, index, 1])
+    f, rng = draw_factors(seed, index, caption), np.random.default_rng([seed, index, 1, draw])
     speed, direction = rng.uniform(*RANGES["speed"], 4096), rng.uniform(-math.pi, math.pi, 4096)
     weight = np.ones(4096)
     reach = [f["size"] * reach for reach in REACH[KINDS[f["kind"]]]]
@@ -129,6 +129,11 @@ def continuations(seed, index, caption, count):
         low, high = before + abs(half), SIZE - after - abs(half)
         weight *= (low <= f[start] + half) * (f[start] + half <= high) / (high - low)
     picked = rng.choice(4096, count, p=weight / weight.sum())
-    factors = {name: torch.tensor([value] * count) for name, value in f.items()}
-    own = {"speed": torch.tensor(speed[picked]).float(), "direction": torch.tensor(direction[picked]).float()}
-    return render(factors | own)
+    return torch.from_numpy(speed[picked]).float(), torch.from_numpy(direction[picked]).float()
+
+
+def continuations(seed, index, caption, count, draw=0):
+    """Videos [count, 3, f, h, w] of other clips that begin with the first frame of clip (seed, index, caption)."""
+    speed, direction = other_motions(seed, index, caption, count, draw)
+    same = {name: torch.tensor([x] * count) for name, x in draw_factors(seed, index, caption).items()}
+    return render(same | {"speed": speed, "direction": direction})

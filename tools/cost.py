@@ -2,12 +2,13 @@
 
     python tools/cost.py dmd2 --teacher wan2.1-1.3b --gpus 8
     python tools/cost.py phased_dmd --teacher wan2.1-14b --gpus 16 --lora-rank 0
+    python tools/cost.py all                                      # a table of all names, in Markdown
 
 Every flag of the script counts as it does there. All figures come from shapes alone: no weights are read, and for the
-Wan presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, and one more with gradient
-checkpointing. Activations are what autograd saves in a differentiated forward of the bf16 network with flash attention.
-Not counted: the allocator's slack, temporary buffers, the discriminator's heads, previews, and that a LoRA's backward
-has fewer weights to differentiate.
+presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, and one more with gradient
+checkpointing; of two experts one runs, though a step whose noise levels need both runs both. Activations are what
+autograd saves in a differentiated forward of the bf16 network with flash attention. Not counted: the allocator's slack,
+temporary buffers, the discriminator's heads, previews, and that a LoRA's backward has fewer weights to differentiate.
 """
 
 import math
@@ -170,7 +171,10 @@ def teacher_forwards(script, args):
     return 2 * args.num_samples * args.teacher_steps if script.needs_clips(args) and not has_clips else 0
 
 
-def main(script, args):
+def figures(script, args):
+    """What a run costs, as a namespace: parameters, LoRA parameters, tokens and FLOPs of a forward; bytes of memory
+    per GPU by what they are for, and in all; samples, FLOPs and seconds of a step; hours by what they are for.
+    """
     check_flags(args)
     model = describe(args.teacher, args.frames, args.height, args.width)
     if script.__name__ != "dmd":  # which has nothing to check
@@ -179,12 +183,13 @@ def main(script, args):
 
     # parameters
     network, flops, activations = one_forward(model)
-    parameters, lora, copies = sum(p.numel() for p in network.parameters()), 0, "2 trained copies"
+    activations *= len(model.family.parts)  # of two experts both, where a step's noise levels need both
+    parameters, lora = sum(p.numel() for p in network.parameters()), 0
     updated = 2 * parameters  # by student and fake score
     if method.lora_rank:
         layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
         lora = method.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
-        updated, copies = parameters + lora, f"{copies}, one by {lora / 1e6:,.1f} M of LoRA"
+        updated = parameters + lora
 
     # memory: the teacher is bf16, all others are float32
     like_the_student = 1 + (args.ema_decay > 0) + method.experts
@@ -212,32 +217,60 @@ def main(script, args):
         "teacher samples": teacher_forwards(script, args) * flops / rate / 3600,
         f"all {args.steps:,} steps": args.steps * step / rate / 3600,
     }
+    return SimpleNamespace(
+        model=model, gpus=gpus, parameters=parameters, lora=lora, tokens=tokens, flops=flops, memory=memory,
+        total=total, samples=samples, step=step, seconds=step / rate, hours=hours,
+    )  # fmt: skip
 
-    # verdict
-    fits = [f"{card} GB {'fits' if total <= FULL * card * GIB else 'does not fit'}" for card in CARDS]
+
+def main(script, args):
+    run = figures(script, args)
+    fits = [f"{card} GB {'fits' if run.total <= FULL * card * GIB else 'does not fit'}" for card in CARDS]
     recipe, planned = with_recipe(script.Args, script.RECIPES, teacher=args.teacher), recipe_gpus(args.teacher)
     wanted = recipe.batch_size * recipe.grad_accum * planned
-    accum, rest = divmod(wanted, args.batch_size * gpus)
+    accum, rest = divmod(wanted, args.batch_size * run.gpus)
 
-    batch = f"{args.batch_size} x {args.grad_accum} accumulated x {gpus} GPU{'s' * (gpus > 1)}"
-    print(f"teacher             {model.name}: {parameters / 1e6:,.1f} M parameters, {copies}")
-    print(f"latents             {' x '.join(map(str, model.latent_shape))} (c f h w), {tokens:,} tokens")
-    print(f"batch               {batch} = {samples} samples a step")
-    if samples != wanted:
+    copies = f"2 trained copies{f', one by {run.lora / 1e6:,.1f} M of LoRA' if run.lora else ''}"
+    batch = f"{args.batch_size} x {args.grad_accum} accumulated x {run.gpus} GPU{'s' * (run.gpus > 1)}"
+    print(f"teacher             {run.model.name}: {run.parameters / 1e6:,.1f} M parameters, {copies}")
+    print(f"latents             {' x '.join(map(str, run.model.latent_shape))} (c f h w), {run.tokens:,} tokens")
+    print(f"batch               {batch} = {run.samples} samples a step")
+    if run.samples != wanted:
         keeps = "" if rest else f"; --grad-accum {accum} makes it the same"
         print(
             f"  another batch     the recipe has {wanted} samples a step, on {planned} GPU{'s' * (planned > 1)}{keeps}"
         )
     print("memory per GPU      an estimate: float32 master weights and Adam, bf16 compute")
-    for name, size in [*memory.items(), ("total", total)]:
+    for name, size in [*run.memory.items(), ("total", run.total)]:
         print(f"  {name:<20}{size / GIB:10.3f} GiB")
     print(f"cards               {', '.join(fits)}, with {1 - FULL:.0%} left for what is not counted")
-    print(f"FLOPs per step      {step:.3g}, {step / gpus:.3g} per GPU; {flops:.3g} a forward of one sample")
-    print(f"time per step       {step / rate:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")
-    for name, time in hours.items():
+    per_gpu = f"{run.step / run.gpus:.3g} per GPU"
+    print(f"FLOPs per step      {run.step:.3g}, {per_gpu}; {run.flops:.3g} a forward of one sample")
+    print(f"time per step       {run.seconds:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")
+    for name, time in run.hours.items():
         refused = name == "teacher samples" and time > args.max_hours
         if time:
             print(f"  {name:<18}{time:.3g} hours{f', more than --max-hours {args.max_hours:g}' if refused else ''}")
+
+
+def table():
+    """Print what all named teachers cost with each script's recipe, in Markdown: GiB per GPU on 8, and how many GPUs of
+    80 GB it takes; never if 256 are too few, for activations are not shared.
+    """
+    head = ["teacher", "parameters, M", "tokens", "TFLOP a forward", *(f"`{name}.py`" for name in METHODS)]
+    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    for teacher in (name for name in PRESETS if name not in TINY_WORLD):
+        cells = []
+        for name in METHODS:
+            script = import_module(name)
+            for needed in (8, 16, 32, 64, 128, 256):
+                run = figures(script, with_recipe(args_of(script), script.RECIPES, teacher=teacher, gpus=needed))
+                cells += [f"{run.total / GIB:.0f}"] if needed == 8 else []
+                if fits := run.total <= FULL * CARDS[-1] * GIB:
+                    break
+            cells[-1] += f", {needed}" if fits else ", never"
+        first = [f"`{teacher}`", f"{run.parameters / 1e6:,.0f}", f"{run.tokens:,}", f"{run.flops / 1e12:,.0f}"]
+        print(f"| {' | '.join([*first, *cells])} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -247,8 +280,10 @@ if __name__ == "__main__":
         sys.exit(0 if asked else 2)
     with one_line_errors():
         name = sys.argv.pop(1).removesuffix(".py")
+        if name == "all":
+            sys.exit(table())
         if name not in METHODS:
-            raise Fatal(f"unknown script {name!r}: use {', '.join(METHODS)}")
+            raise Fatal(f"unknown script {name!r}: use {', '.join(METHODS)}, or all")
         sys.argv[0] = f"{name}.py"  # whose flags these are, and whose run --resume means
         named = import_module(name)
         main(named, parse_args(args_of(named), named.RECIPES))
