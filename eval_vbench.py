@@ -48,7 +48,7 @@ from families.presets import TINY_WORLD, name_of
 from harness.checkpoints import check_checkpoint
 from harness.files import Fatal, make_folder, read_json, stamps
 from harness.finished import load_run, student_folders
-from harness.media import contact_sheet, write_mp4
+from harness.media import contact_sheet, write_video
 from harness.run import git_revision
 from tiny import world as tiny
 
@@ -210,6 +210,8 @@ def generate(args):
         raise Fatal("--images is for an image-to-video teacher")
     if list_id and model.size[0] == 1:
         raise Fatal("VBench's list is for videos: give --prompts, as this teacher makes images")
+    for item in items if model.size[0] == 1 else ():
+        item["files"] = [f"{file.removesuffix('.mp4')}.png" for file in item["files"]]
     images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
     config = config[0] | ({"images": vbench.short_hash(stamps(images))} if images else {}) | {
         "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size, "device": device.type,
@@ -250,7 +252,7 @@ def generate(args):
             for j in missing(item, chunk) if i < len(mine) else []:
                 video, file = common.decode(vae, latents[j - chunk[0], None])[0].cpu(), item["files"][j]
                 try:
-                    write_mp4(args.out / "videos" / file, video, model.fps)
+                    write_video(args.out / "videos" / file, video, model.fps)
                 except (OSError, ValueError, RuntimeError) as error:
                     raise Fatal(f"cannot write {file!r} (entry {item['entry']}): {error}", 1, alone=True) from None
                 book.append({

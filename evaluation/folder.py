@@ -9,8 +9,8 @@ scores/, results.json, results.md, sheets/   what is made of them
 from dataclasses import dataclass
 
 from evaluation.ledger import Ledger, write_json
+from harness import media
 from harness.files import Fatal, make_folder, read_json
-from harness.media import read_mp4
 
 
 @dataclass
@@ -38,9 +38,9 @@ def read_record(folder):
 
 
 def read_video(path):
-    """The frames of an evaluation's video, [3, f, h, w] in [0, 1]."""
+    """The frames of an evaluation's video or image, [3, f, h, w] in [0, 1]."""
     try:
-        return read_mp4(path)
+        return media.read_video(path)
     except ValueError as error:
         raise Fatal(f"{error}: delete it and generate it again", code=1, alone=True) from None
 
@@ -87,7 +87,7 @@ def open_folder(out, record):
     elif out.is_dir() and any(out.iterdir()):
         raise Fatal(f"{out} is not empty and no evaluation (no config.json): use another --out")
     make_folder(videos, hint="; see --out")
-    for leftover in videos.glob(".*.mp4.tmp"):  # of a run that was killed while it wrote
+    for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
     rows = manifest(out).merge()
     refuse_mixed(out, record, rows)

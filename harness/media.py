@@ -73,12 +73,20 @@ def write_video(path, video, fps):
         Image.fromarray(to_uint8(video)[0]).save(aside, format="PNG")
 
 
-def read_mp4(path):
-    """The frames of a video file as [3, f, h, w] in [0, 1]; ValueError if there are none.
+def read_video(path):
+    """The frames of a file of `write_video` as [3, f, h, w] in [0, 1]; ValueError if there are none.
 
-    By OpenCV, as VBench reads it for temporal_flickering: decoders differ in how they upsample chroma.
+    A video by OpenCV, as VBench reads it for temporal_flickering: decoders differ in how they upsample chroma.
     """
     import cv2
+
+    if path.suffix == ".png":
+        try:
+            with Image.open(path) as image:
+                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                return rearrange(pixels.view(1, image.height, image.width, 3), "f h w c -> c f h w").float() / 255
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read {path} ({error})") from None
 
     capture, frames = cv2.VideoCapture(str(path)), []
     while True:

@@ -202,7 +202,7 @@ def test_flickering_is_that_of_vbenchs_code(wheel, tmp_path, monkeypatch):
     clips[1] = tiny.batch(0, [0])[0].repeat(1, 1, 1, 1, 2)[0, ..., :48]
     for i, clip in enumerate(clips):
         media.write_mp4(tmp_path / f"{i}.mp4", clip, 8)
-        ours = proxies.temporal_flickering(media.read_mp4(tmp_path / f"{i}.mp4"))
+        ours = proxies.temporal_flickering(media.read_video(tmp_path / f"{i}.mp4"))
         assert ours == pytest.approx(theirs.cal_score(str(tmp_path / f"{i}.mp4")), abs=1e-6) and 0.5 < ours < 0.999
 
 
@@ -338,7 +338,7 @@ def test_generate_writes_what_it_says(whole):
         assert (
             row["file"] == vbench.file_name(row["prompt"], row["sample"]) and len(videos[row["file"]]) == row["bytes"]
         )
-        assert media.read_mp4(whole / "videos" / row["file"]).shape == (3, 9, 32, 32)
+        assert media.read_video(whole / "videos" / row["file"]).shape == (3, 9, 32, 32)
         assert row["nfe"] == 4 and row["sigmas"] == [1.0, 0.9, 0.75, 0.5] and row["fps"] == 8
     assert len({videos[row["file"]] for row in rows}) == 12  # noise differs by prompt and by sample
 
@@ -361,7 +361,7 @@ def test_the_sample_is_the_students(whole, run):
             x0 = x_t - sigma * student(x_t, torch.tensor([sigma]), text)
             x_t = (1 - sigma_next) * x0 + sigma_next * draw() if sigma_next else x0
     video = common.decode(model.load_vae(device), x_t)[0].clamp(0, 1)
-    assert (video - media.read_mp4(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them
+    assert (video - media.read_video(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them
 
 
 def test_report_says_what_was_not_run(whole, run, capsys):
@@ -494,7 +494,7 @@ def test_a_partial_set(scorer, run, tmp_path, monkeypatch, fails):
     assert (scene["n"], scene["expected"]) == (5, 10) and scene["raw"] == pytest.approx(0.1)
     assert color["reason"].startswith("weights missing: ") and "w.pth" in color["reason"] and "raw" not in color
     # ours stands in for VBench's where that is not run: the same formula
-    own = [proxies.temporal_flickering(media.read_mp4(path)) for path in (out / "videos").iterdir()]
+    own = [proxies.temporal_flickering(media.read_video(path)) for path in (out / "videos").iterdir()]
     assert flickering["by"] == "eval_vbench.py" and flickering["raw"] == pytest.approx(sum(own) / 5, abs=1e-9)
     # more videos than were scored
     eval_vbench.main(args(run, out, "generate", **flags))
@@ -517,7 +517,7 @@ def test_what_does_not_belong_is_refused(whole, run, tmp_path, fails):
         fails(lambda c=command: eval_vbench.main(args(run, out, c, **flags)), "stray.mp4")
     (out / "videos" / "stray.mp4").unlink()
     rows, _ = contents(out)
-    short = media.read_mp4(out / "videos" / rows[0]["file"])[:, :5]
+    short = media.read_video(out / "videos" / rows[0]["file"])[:, :5]
     media.write_mp4(out / "videos" / rows[0]["file"], short, 8)
     fails(lambda: eval_vbench.main(args(run, out, "score", **flags)), "1 of 12 videos are missing", rows[0]["file"])
     rows[0]["bytes"] = (out / "videos" / rows[0]["file"]).stat().st_size

@@ -28,13 +28,16 @@ import common
 import dfd
 import dmd
 import dmd2
+import eval_vbench
 import families.folders
 import phased_dmd
 from families.classes import FAMILIES
 from families.images import find_images, read_images, to_pil
+from families.latents import encode
 from families.presets import PRESETS, TINY_WORLD
+from harness.files import read_json, read_prompts
 from harness.finished import load_run, students_of
-from harness.media import write_mp4
+from harness.media import read_video, write_mp4
 from tests import small_teachers
 from tests.conftest import ROOT, only_run, same
 from tests.small_teachers import SMALL
@@ -155,6 +158,9 @@ def test_blocks_are_read_and_known_frames_kept(name, folders, tmp_path):
         alone, read = network(x_t[i : i + 1], sigma[i : i + 1], own, (1,))
         torch.testing.assert_close(v[i : i + 1], alone, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(features[1][i : i + 1], read[0], atol=1e-4, rtol=1e-4)
+    if model.conditions:
+        encoded = encode(model.load_vae(CPU), small_image(model))
+        torch.testing.assert_close(model.family.first_latent(cond)[:1], encoded, atol=1e-5, rtol=1e-5)
     if "first" in cond:
         x0 = dmd2.predict_x0(network, x_t, sigma, cond)
         torch.testing.assert_close(x0[:, :, :1], cond["first"], atol=1e-5, rtol=1e-5)
@@ -276,6 +282,42 @@ def test_students_sample_in_the_stock_pipeline(name, folders, prompts, tmp_path)
     teacher = model.load_network(False, CPU)
     with torch.no_grad():
         assert (ours - dmd2.predict_x0(teacher, noise, torch.ones(2), cond)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["wan_i2v", "qwen_image"])
+def test_evaluation_of_images(name, folders, prompts, tmp_path, fails):
+    """A teacher of images has PNGs and no figures of motion; image-to-video wants an image per prompt."""
+    out = tmp_path / "out"
+    args = args_of(dmd2, name, folders, prompts, tmp_path / "runs", student_sigmas=(1.0,), steps=1, preview_every=0)
+    args = dataclasses.replace(args, discriminator_blocks=(), gan_weight=0.0, save_every=1)
+    dmd2.main(args)
+    run, list_of = str(only_run(tmp_path / "runs", dmd2)), {"prompts": prompts["prompts"], "samples": 2}
+    flags = {"command": "all", "checkpoint": run, "cache": str(tmp_path / "cache"), **list_of}
+    if name == "wan_i2v":
+        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **flags)), "begins with an image", "--images")
+        shutil.rmtree(out)
+        flags["images"] = prompts["images"]
+    else:
+        wrong = {**flags, "images": prompts["images"]}
+        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **wrong)), "image-to-video teacher")
+    eval_vbench.main(eval_vbench.Args(out=out, **flags))
+    files = sorted(path.name for path in (out / "videos").iterdir())
+    assert len(files) == 6 and {Path(file).suffix for file in files} == {".png" if name == "qwen_image" else ".mp4"}
+    figures = json.dumps(read_json(out / "results.json"))
+    assert "saturation" in figures and "diversity" in figures
+    assert ("optical_flow" in figures) == (name != "qwen_image")
+    row = next(row for row in map(json.loads, open(out / "manifest.jsonl")) if row["sample"] == 1)
+    common.init_distributed()
+    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    images = find_images(prompts["images"], 3, *model.size[1:]) if name == "wan_i2v" else ()
+    cond = common.encode_text(model, read_prompts(prompts["prompts"]), tmp_path / "own", CPU, images).cond_of
+    student = students_of(model, CPU, *load_run(run), raw=False)[0]
+    noise = torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(row["seed"]))[None]
+    with torch.no_grad():
+        x0 = dmd2.predict_x0(student, noise, torch.ones(1), cond([row["entry"]]))
+    video = common.decode(model.load_vae(CPU), x0)[0].clamp(0, 1)
+    off = (video - read_video(out / "videos" / row["file"])).abs()
+    assert off.max() < 0.51 / 255 if name == "qwen_image" else off.mean() < 0.03  # H.264 is between them
 
 
 # ------------------------------------------------------------------------------------------------------- folders
