@@ -67,18 +67,29 @@ class Model:
         self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
         self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = tiny if name_of(teacher) in TINY_WORLD else None
-        if self.world and self.size != (tiny.FRAMES, tiny.SIZE, tiny.SIZE):
-            raise Fatal(f"the tiny world is {tiny.FRAMES} frames of {tiny.SIZE} x {tiny.SIZE}: --frames, --height …")
+        if self.world and self.size[1:] != (tiny.SIZE, tiny.SIZE):
+            raise Fatal(f"the tiny world is {tiny.SIZE} x {tiny.SIZE} pixels: see --height, --width")
         self.fps = tiny.FPS if self.world else self.family.fps
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
-    def load_network(self, trained, device, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0):
+    def network_class(self, frame_block=0):
+        """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
+        from families.classes import causal
+
+        frames = self.latent_shape[1]
+        if frame_block and frames % frame_block:
+            raise Fatal(f"--frame-block must divide the video's {frames} latent frames, got {frame_block}")
+        return causal(self.family) if frame_block else self.family
+
+    def load_network(
+        self, trained, device, frame_block=0, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0
+    ):
         """The teacher's network, sharded over all ranks. Student and fake score are copies: load it again.
 
         trained networks keep float32 master weights; frozen ones are bf16 on a GPU (dtype says otherwise). Compute is
         bf16 on a GPU, with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2
         fixes its reduction dtype at the first forward. With lora_rank only a LoRA on attention and feed-forward layers
-        is trained, its update scaled by lora_alpha / lora_rank.
+        is trained, its update scaled by lora_alpha / lora_rank. frame_block: see network_class.
         """
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
@@ -92,7 +103,8 @@ class Model:
                 transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=layers))
             if gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()
-        network = self.family(*transformers, index=self.index)
+        network = self.network_class(frame_block)(*transformers, index=self.index)
+        network.frame_block = frame_block
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         network.to(dtype)
@@ -365,6 +377,8 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
             print(f"the clips in {data} are samples of a teacher (pairs), not real ones")
         return shards
     if model.world and not prompts:
+        if model.size[0] != tiny.FRAMES:
+            raise Fatal(f"clips of the tiny world have {tiny.FRAMES} frames, got --frames {model.size[0]}")
         return TinyWorld(model, cache, device, seed)
     if model.conditions and not images:
         raise Fatal(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")

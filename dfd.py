@@ -1,8 +1,7 @@
 """DFD: Data-Forcing Distillation (arXiv 2606.18478), a short post-training of a DMD2 student on real videos.
 
-The teacher scores the noised real video instead of the student's: with the fake score still on the student's, the
-difference pulls towards data (eq. 5 and 8). One line in `main`. It restores what DMD2 lost and must stop early: run too
-long, it loses diversity (docs/dfd.md derives why).
+The teacher scores the noised real video instead of the student's (eq. 5 and 8): one line in `main`. It restores what
+DMD2 lost and must stop early: run too long, it loses diversity (docs/dfd.md derives why).
 
     python dfd.py                                          # from the newest finished dmd2.py run on the tiny teacher
     torchrun --nproc_per_node=8 dfd.py --teacher wan2.1-1.3b
@@ -54,6 +53,8 @@ class Args(RunArgs):
     """Range that score times are clamped to, after the shift: an atom at its top is meant."""
     student_sigmas: tuple[float, ...]
     """Noise levels at which the student predicts a video, the first 1."""
+    frame_block: Annotated[int, Ge(0)] = 0
+    """Latent frames that a causal student makes at a time, from those before (Self-Forcing: 3); 0: all at once."""
     student_input: Literal["simulate", "data"]
     """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
     gan_weight: Annotated[float, Ge(0)]
@@ -94,6 +95,7 @@ RECIPES = {  # the first row is everybody's; the others change it
 def check(args, model):
     """Raise one line for noise levels or blocks that cannot be."""
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
+    model.network_class(args.frame_block)
     if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
         raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
@@ -134,14 +136,17 @@ def rollout(student, rng, cond, shape, sigmas, x0_data=None):
     """The student's video [b, *shape] from its own noise: predict x0 at each of the noise levels, renoise with fresh
     noise to the next. Only the last prediction carries gradient. x0_data: the input of that one is these clips, noised.
     """
-    x_t = rng.normal(shape)
-    sigmas = torch.tensor(sigmas, device=x_t.device)[:, None].expand(-1, len(rng))
+    start, video = rng.normal(shape), []
+    sigmas = torch.tensor(sigmas, device=start.device)[:, None].expand(-1, len(rng))
     if x0_data is not None:
-        x_t, sigmas = add_noise(x0_data, x_t, sigmas[-1]), sigmas[-1:]
-    with torch.no_grad():
-        for sigma, sigma_next in pairwise(sigmas):
-            x_t = add_noise(predict_x0(student, x_t, sigma, cond), rng.normal(shape), sigma_next)
-    return predict_x0(student, x_t, sigmas[-1], cond)
+        start, sigmas = add_noise(x0_data, start, sigmas[-1]), sigmas[-1:]
+    for x_t in student.in_turn(start):  # all frames at once, or block by block
+        with torch.no_grad():
+            for sigma, sigma_next in pairwise(sigmas):
+                x_t = add_noise(predict_x0(student, x_t, sigma, cond), rng.normal(x_t.shape[1:]), sigma_next)
+        video.append(predict_x0(student, x_t, sigmas[-1], cond))
+        student.remember(video[-1], cond)
+    return torch.cat(video, dim=2)
 
 
 def sample_student(students, rng, cond, shape, args):
@@ -218,9 +223,9 @@ def main(args):
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
     teacher = model.load_network(trained=False, device=run.device)
-    student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
+    student = model.load_network(True, run.device, args.frame_block, gradient_checkpointing=args.gradient_checkpointing)
     fake_score = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, dtype=torch.float32) if args.ema_decay else student
+    ema = model.load_network(False, run.device, args.frame_block, dtype=torch.float32) if args.ema_decay else student
     from_data = args.student_input == "data"
     read = args.discriminator_blocks if args.gan_weight else ()
     if args.gan_weight:

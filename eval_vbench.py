@@ -73,7 +73,10 @@ class Args:
     teacher_steps: Annotated[int | None, Ge(1)] = None
     """Euler steps of the teacher."""
     frames: int | None = None
-    """Frames of the video."""
+    """Frames of the video; a causal student (--frame-block) can make more than it was trained with."""
+    kept_frames: Annotated[int, Ge(0)] = 0
+    """Latent frames before a block that a causal student reads, the last ones; 0 for all. For longer videos: those of
+    training, less a block."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
@@ -189,7 +192,9 @@ def source_of(args):
         student_folders(script, run_args, checkpoint)  # one line unless all phases are trained
     names = ("teacher", "guidance_scale", "shift", "teacher_steps", "frames", "height", "width")
     flags = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    return Source(args.role, script, replace(run_args, **flags), checkpoint, raw)
+    if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
+        raise Fatal("--kept-frames is for a causal student, a run with --frame-block")
+    return Source(args.role, script, replace(run_args, **flags), checkpoint, raw, args.kept_frames)
 
 
 @torch.no_grad()

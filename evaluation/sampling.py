@@ -31,6 +31,8 @@ class Source:
     checkpoint: Path | None
     raw: bool
     """The student itself, not its average."""
+    kept_frames: int = 0
+    """Latent frames before a block that a causal student reads; 0 for all."""
 
 
 class Noise:
@@ -70,13 +72,15 @@ def configuration(source, model):
         evaluations = 2 * steps  # both halves of guidance
         how = {"guidance_scale": args.guidance_scale, "shift": shift, "negative_prompt": model.negative_prompt}
     else:
-        name, weights = source.script.__name__.removeprefix("experiments.") + ".py", source.checkpoint
+        name, weights = source.script.__name__.rpartition(".")[2] + ".py", source.checkpoint
         weights = weights / ("state" if source.raw else "student")
         levels = noise_levels(source.script, args)
         sigmas = [sigma for own in levels for sigma in own]
         evaluations = len(sigmas)
         ends = [*(own[0] for own in levels[1:]), 0.0] if len(levels) > 1 else []
         how = {"averaged": not source.raw, "phase_ends": ends}
+        if block := getattr(args, "frame_block", 0):
+            how |= {"frame_block": block, "kept_frames": source.kept_frames}
     return {
         "role": source.role, "script": name, **how,
         "teacher": name_of(args.teacher), "checkpoint": contents_id(weights),
@@ -104,6 +108,7 @@ def sampler(source, model, cache, device):
     shape, args = model.latent_shape, source.args
     if source.role == "student":
         students = students_of(model, device, source.script, args, source.checkpoint, source.raw)
+        students[0].kept_frames = source.kept_frames
         return partial(source.script.sample_student, students, shape=shape, args=args)
     teacher = model.load_network(False, device)
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])

@@ -47,7 +47,8 @@ COLUMNS = {
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
     "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
-    "distance": "distance to data", "first": "first frame, error",
+    "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
+    "first": "first frame, error",
 }  # fmt: skip
 
 
@@ -62,6 +63,9 @@ class Args:
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[Annotated[int, Ge(1)], ...] = (50, 4)
     """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    long: bool = False
+    """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
+    the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
@@ -128,6 +132,16 @@ def measure(clips, reference):
     return row
 
 
+def drift(clips):
+    """What changes from the first frame of clips [p, s, 3, f, h, w] to the last, the mean over those that are clean in
+    both: the error that accumulates when frames are made from frames. Shapes of the world do not change.
+    """
+    first, last = factors_of(clips[:, :, :, :1]), factors_of(clips[:, :, :, -1:])
+    clean = first["clean"] & last["clean"]
+    factors = {"brighter": "brightness", "stronger": "saturation"}
+    return {name: (last[factor] - first[factor])[clean].mean().item() for name, factor in factors.items()}
+
+
 def counted(steps):
     return f"{steps} step" + ("s" if steps > 1 else "")
 
@@ -138,7 +152,7 @@ def description(script, args, step):
     """
     recipe = vars(with_recipe(script.Args, script.RECIPES, teacher=args.teacher))
     changed = [f"{k} {v}" for k, v in vars(args).items() if k not in ASIDE | {"steps"} and v != recipe[k]]
-    file = script.__name__.removeprefix("experiments.")
+    file = script.__name__.rpartition(".")[2]
     sampled = counted(sum(map(len, noise_levels(script, args))))
     name = f"{'+ ' if args.init else ''}{METHODS.get(file, f'{file}.py')}, {sampled}"
     return [name, f"{file}.py", f"{step} training steps", *sorted(changed), *started_from(args.init)]
@@ -255,9 +269,9 @@ def main(args):
     rows, shown = defaultdict(list), {}
 
     def add(name, latents, clips=None):
-        clips = by_caption(common.decode(vae, latents).cpu() if clips is None else clips)
-        own = relations(by_caption(latents.cpu()))
-        figures = measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own)))
+        whole = by_caption(common.decode(vae, latents).cpu() if clips is None else clips)
+        own, clips = relations(by_caption(latents[:, :, -shape[1] :].cpu())), whole[:, :, :, -tiny.FRAMES :]
+        figures = measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own))) | drift(whole)
         if model.conditions:
             figures["first"] = (clips[:, :, :, 0] - images).abs().mean().item()
         rows[name].append(figures)
@@ -278,6 +292,10 @@ def main(args):
     for folder, (words, script, run_args, checkpoint) in zip(args.runs, runs):
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         add(names[words], sample(partial(script.sample_student, students, shape=shape, args=run_args), run_args.seed))
+        if args.long and (block := getattr(run_args, "frame_block", 0)):
+            students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
+            sampler = partial(script.sample_student, students, shape=longer, args=run_args)
+            add(f"{names[words]}, last {tiny.FRAMES} frames of twice the length", sample(sampler, run_args.seed))
 
     below = [f'- "{name}": {", ".join(words[1:])}' for words, name in names.items()]
     lines = [*table_of(rows, args.transpose), "", *below]

@@ -7,6 +7,7 @@ A family is an `nn.Module` that holds a diffusers transformer, or two, and offer
     v, features = network(x_t, sigma, cond, read=(15, 22))   # and the outputs [b, tokens, width] of these blocks
     network.blocks                                           # the units that FSDP2 shards
     network.width                                            # of the features
+    network.in_turn(x_t), network.remember(x0, cond)         # of a causal student, see wan_causal.py; else Wan's do
 
 with x_t latents [b, c, f, h, w], sigma [b] in [0, 1], cond a dict of tensors with the batch first, "text" among them.
 And of the class itself

@@ -38,3 +38,10 @@ def family_of(kind, folder, index=None):
     if index and len(family.parts) > 1 and not index.get("boundary_ratio"):
         raise Fatal(f"{folder}/model_index.json has no boundary_ratio: where do its two experts meet?")
     return family
+
+
+def causal(family):
+    """The class of a causal student of a family, or one line."""
+    if family.__name__ != "Wan":
+        raise Fatal(f"--frame-block: only Wan 2.1 text-to-video has a causal student, {family.__name__} has none")
+    return import_module("families.wan_causal").CausalWan

@@ -51,6 +51,13 @@ class Wan(nn.Module):
                 hook.remove()
         return v if read is None else (v, [features[i] for i in read])
 
+    def in_turn(self, x_t):
+        """The parts of a video [b, c, f, h, w] that are denoised one after another: here it is one."""
+        return [x_t]
+
+    def remember(self, x0, cond):
+        """Take note of a clean part, for those that follow."""
+
     def velocity(self, x_t, sigma, cond):
         dtype = self.transformer.patch_embedding.weight.dtype
         timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936

@@ -70,7 +70,7 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
 
 def find_init(runs_dir, teacher, init):
     """The folder that --init means: itself, or for a script's name its newest finished run on this teacher."""
-    if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd") or Path(init).is_dir():
+    if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "ode_init") or Path(init).is_dir():
         if not Path(init).is_dir():
             raise Fatal(f"--init: no such folder {init}")
         return Path(init)
@@ -173,6 +173,16 @@ def load_networks(checkpoint, networks):
             )
     dcp.load(state, storage_reader=reader)
     return found
+
+
+CAUSAL_CARD = """A causal student: its weights are those of a stock Wan, but it makes {frame_block} latent frames at a
+time, each block reading the clean ones before it (key and value cache, causal between blocks, full within one).
+
+frame_block: {frame_block}
+noise levels of each block: {sigmas}
+
+The stock pipeline loads it and makes all frames at once, which it was not trained for.
+"""
 
 
 def save_weights(transformer, folder):

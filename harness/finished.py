@@ -20,7 +20,7 @@ def load_run(folder):
         raise Fatal(f"{folder} is not a run with a checkpoint")
     record = read_json(checkpoint / "args.json")  # what it was trained with
     name = record.pop("script", None)
-    rooms = {path.stem: "experiments." for path in ROOT.glob("experiments/*.py")}
+    rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}
     rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
     if name not in rooms:
         raise Fatal(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
@@ -37,18 +37,27 @@ def noise_levels(script, args):
 
     Found by sampling with networks that return zero; there are more of them than the sampler has use for.
     """
-    levels = [[] for _ in range(100)]
-
-    def student(own):
-        def network(x_t, sigma, cond):
-            own.append(round(sigma[0].item(), 6))
-            return torch.zeros_like(x_t)
-
-        return network
-
+    students = [Recorder() for _ in range(100)]
     rng = common.Draws(0, "noise levels", [0], torch.device("cpu"))
-    script.sample_student([student(own) for own in levels], rng, {}, (1, 1, 1, 1), args)
-    return [own for own in levels if own]
+    script.sample_student(students, rng, {}, (1, 1, 1, 1), args)
+    return [student.levels for student in students if student.levels]
+
+
+class Recorder:
+    """Stands in for a network: notes the noise levels that it is called at, and returns zero."""
+
+    def __init__(self):
+        self.levels = []
+
+    def __call__(self, x_t, sigma, cond):
+        self.levels.append(round(sigma[0].item(), 6))
+        return torch.zeros_like(x_t)
+
+    def in_turn(self, x_t):
+        return [x_t]
+
+    def remember(self, x0, cond):
+        pass
 
 
 def student_folders(script, args, checkpoint):
@@ -69,13 +78,14 @@ def students_of(model, device, script, args, checkpoint, raw):
     """
     folders, students = student_folders(script, args, checkpoint), []
     groups = [[folder] for folder in folders] if hasattr(args, "phase_ends") else [folders]  # a network each
+    block = getattr(args, "frame_block", 0)
     for group in groups[:-1] if raw else groups:
-        students.append(model.load_network(False, device))
+        students.append(model.load_network(False, device, block))
         for folder in group:
             own = folder.name if folder.name in model.family.parts else "transformer"
             common.put_weights(students[-1], folder, own)
     if raw:
         lora = {name: value for name, value in vars(args).items() if name in ("lora_rank", "lora_alpha")}
-        students.append(model.load_network(False, device, **lora))
+        students.append(model.load_network(False, device, block, **lora))
         load_networks(checkpoint, {"student": students[-1]})
     return students

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import common
+from families.wan import Wan
 
 COND = {"text": torch.zeros(1, 1, 1)}
 
@@ -18,7 +19,13 @@ class Grid:
         return (torch.arange(self.n) + 0.5) / self.n
 
 
-class Gaussian(nn.Module):
+class Whole(nn.Module):
+    """A network that denoises all frames at once."""
+
+    in_turn, remember = Wan.in_turn, Wan.remember
+
+
+class Gaussian(Whole):
     """The exact velocity for data N(mean, std^2) in every dimension."""
 
     def __init__(self, mean, std):
@@ -32,7 +39,7 @@ class Gaussian(nn.Module):
         return (x_t - x0) / s
 
 
-class ScaleShift(nn.Module):
+class ScaleShift(Whole):
     """A one-step student x0 = theta * z + mu, as a velocity network."""
 
     def __init__(self, theta, mu):

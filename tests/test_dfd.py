@@ -15,12 +15,12 @@ import dfd
 import dmd2
 from harness.checkpoints import find_init
 from tests.conftest import distance, only_run, popen, same, small_args, student_weights
-from tests.exact import COND, Gaussian, draws
+from tests.exact import COND, Gaussian, Whole, draws
 
 SCORE_SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
 
 
-class Scale(nn.Module):
+class Scale(Whole):
     """x0 = theta * x_t / std(x_t), for inputs (1 - sigma) x0_data + sigma noise of standard normal data."""
 
     def __init__(self, theta):

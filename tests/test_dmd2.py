@@ -12,12 +12,12 @@ import dmd
 import dmd2
 from harness.finished import load_run, students_of
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, stopped, student_weights
-from tests.exact import COND, Gaussian, draws
+from tests.exact import COND, Gaussian, Whole, draws
 
 SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
 
 
-class Recorder(nn.Module):
+class Recorder(Whole):
     """Predicts x0 = theta everywhere and remembers what it was asked."""
 
     def __init__(self):

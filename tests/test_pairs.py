@@ -10,16 +10,16 @@ from docs import diffs
 DECLARED = {
     ("dmd", "dmd2"): (
         {"docstring", "imports", "Args", "RECIPES", "check", "needs_clips", "rollout", "sample_student",
-         "regression_loss", "Heads", "gan_student_loss", "discriminator_loss", "main"}, 118, 52,
+         "regression_loss", "Heads", "gan_student_loss", "discriminator_loss", "main"}, 127, 55,
     ),
     ("dmd2", "codmd"): (
         {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 41, 14,
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "check", "bridge", "renoise", "sample_sigma", "rollout",
-         "sample_student", "flow_loss", "main"}, 114, 56,
+         "sample_student", "flow_loss", "main"}, 116, 64,
     ),
-    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 27, 24),
+    ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 26, 24),
 }  # fmt: skip
 
 

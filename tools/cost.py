@@ -81,6 +81,9 @@ def dmd(args):
 
 def dmd2(args, phase_ends=(0.0,)):
     steps, gan = rollout(args, phase_ends), int(args.gan_weight > 0)
+    steps += (
+        getattr(args, "frame_block", 0) > 0
+    )  # a causal student's clean blocks; its attention costs less than counted
     return Method(
         student_update=Update(student=steps, fake_score=1 + gan, teacher=2, backwards=1 + gan),
         fake_score_update=Update(student=steps, fake_score=1 + gan, teacher=0, backwards=1 + gan),

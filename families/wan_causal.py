@@ -1,0 +1,92 @@
+"""A causal Wan 2.1, for autoregressive students (Self-Forcing, arXiv 2506.08009): latent frames come in blocks, each of
+which attends to itself and to the clean ones before it, whose keys and values are kept.
+
+The weights are a stock Wan's. `for x_t in network.in_turn(noise)` gives the blocks, `network(x_t, sigma, cond)` is
+called on the one whose turn it is, and `network.remember(x0, cond)` keeps it when it is clean.
+"""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
+
+from families.wan import Wan
+
+
+class Angles(tuple):
+    """(cos, sin) [tokens, d] of a call's frames, and what its layers need beside them: `past`, a pair of keys and
+    values [b, tokens, heads, d] a layer, and `new`, a list that takes this call's, or None.
+
+    They travel as an argument of the blocks: kept on a module, a block that gradient checkpointing computes again would
+    read a longer past than the first time.
+    """
+
+
+class CausalRope(WanRotaryPosEmbed):
+    """The rotary embedding of frames that come after `start` others."""
+
+    start, past, new = 0, (), None
+
+    def forward(self, x):
+        b, c, f, h, w = x.shape
+        whole = super().forward(x.new_empty(()).expand(b, c, self.start + f, h, w))
+        tokens = f * (h // self.patch_size[1]) * (w // self.patch_size[2])
+        angles = Angles(angle[0, -tokens:, 0] for angle in whole)
+        angles.past, angles.new = self.past, self.new
+        return angles
+
+
+def rotated(x, angles):
+    """x [b, tokens, heads, d] turned by the angles of its tokens, in the precision of the stock attention."""
+    (cos, sin), (even, odd) = (angle[None, :, None, 0::2] for angle in angles), (x[..., 0::2], x[..., 1::2])
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class CausalAttention(WanAttnProcessor):
+    """Self-attention of a call's frames to themselves and to the past."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
+        query, key = rotated(query, rotary_emb), rotated(key, rotary_emb)
+        if rotary_emb.past:
+            key, value = (torch.cat(pair, dim=1) for pair in zip(rotary_emb.past[self.layer], (key, value)))
+        if rotary_emb.new is not None:
+            rotary_emb.new.append((key, value))
+        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return attn.to_out[0](out.flatten(2, 3).type_as(query))
+
+
+class CausalWan(Wan):
+    frame_block = 3  # latent frames a block
+    kept_frames = 0  # latent frames before a block that it reads; 0 for all
+
+    def __init__(self, transformer, index=None):
+        super().__init__(transformer)
+        config = transformer.config
+        transformer.rope = CausalRope(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+        for layer, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(CausalAttention(layer))
+
+    def in_turn(self, x_t):
+        rope, self.frames = self.transformer.rope, x_t.shape[2]
+        rope.start, rope.past, rope.new = 0, (), None
+        return x_t.split(self.frame_block, dim=2)
+
+    @torch.no_grad()
+    def remember(self, x0, cond):
+        """Keep the keys and values of a clean block x0 [b, c, f, h, w]: one pass at noise level 0."""
+        rope, f = self.transformer.rope, x0.shape[2]
+        if rope.start + f == self.frames:  # nothing follows
+            return
+        rope.new = []
+        try:
+            self(x0, x0.new_zeros(len(x0)), cond)
+            kept = self.kept_frames * (x0.shape[3] // rope.patch_size[1]) * (x0.shape[4] // rope.patch_size[2])
+            rope.past, rope.start = [tuple(x[:, -kept:] for x in pair) for pair in rope.new], rope.start + f
+        finally:
+            rope.new = None
