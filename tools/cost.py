@@ -14,6 +14,7 @@ temporary buffers, the discriminator's heads, previews, and that a LoRA's backwa
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -132,10 +133,12 @@ def describe(teacher, frames, height, width):
         config = dict(family.transformer_class.from_config(preset.config).config)
     vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
     shape, patch = family.shapes(config, vae, frames, height, width)
-    return SimpleNamespace(
+    model = SimpleNamespace(
         name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
         text_length=512, text_dim=config[family.text_dim], conditions=family.conditions(config, shape), index={},
     )  # fmt: skip
+    model.network_class = partial(common.Model.network_class, model)
+    return model
 
 
 def one_forward(model):
