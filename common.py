@@ -62,10 +62,11 @@ class Model:
         self.config = read_json(self.folder / "transformer" / "config.json")
         self.index = read_json(self.folder / "model_index.json")
         self.family = family_of(kind_of(self.folder, teacher), self.folder, self.index)
-        self.text_length, self.text_dim = self.family.text_length(self.folder), self.config[self.family.text_dim]
-        vae = read_json(self.folder / "vae" / "config.json")
-        self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
-        self.conditions = self.family.conditions(self.config, self.latent_shape)
+        with readable(f"the configs in {self.folder}"):
+            self.text_length, self.text_dim = self.family.text_length(self.folder), self.config[self.family.text_dim]
+            vae = read_json(self.folder / "vae" / "config.json")
+            self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
+            self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = tiny if name_of(teacher) in TINY_WORLD else None
         if self.world and self.size[1:] != (tiny.SIZE, tiny.SIZE):
             raise Fatal(f"the tiny world is {tiny.SIZE} x {tiny.SIZE} pixels: see --height, --width")
@@ -93,7 +94,7 @@ class Model:
         """
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
-        with init_empty_weights(include_buffers=False):
+        with readable(f"the configs in {self.folder}"), init_empty_weights(include_buffers=False):
             transformers = [self.family.transformer_class.from_config(self.config) for _ in self.family.parts]
         for transformer in transformers:
             if lora_rank:
@@ -331,6 +332,10 @@ class Shards(Samples):
 
     def latents_of(self, rows, key="latents"):
         picked = [opened(path).get_tensor(f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
+        for row, tensor in zip(rows, picked):
+            if not tensor.isfinite().all():
+                path, i = self.rows[row]
+                raise Fatal(f"shard {path}: {i}.{key} is not finite: make it again", code=1, alone=True)
         return torch.stack(picked).float().to(self.device)
 
 
@@ -393,8 +398,8 @@ def encode_text(model, prompts, cache, device, images=()):
     """Encode prompts once, into shards under `cache`; a Shards of them, row i for prompt i. images: their first frames'
     paths, for image-to-video. Ranks share the work. Encoders are loaded only if something is missing, and freed after.
     """
-    parts = [*model.family.text_parts, *(("vae", "image_encoder") if images else ())]
-    files = [path for part in parts for path in sorted((model.folder / part).glob("*"))]
+    parts = [*model.family.text_parts, "tokenizer", *(("vae", "image_encoder") if images else ())]
+    files = [path for part in parts for path in sorted((model.folder / part).glob("*")) if path.is_file()]
     key = hashed(prompts, stamps(files), model.text_length, (stamps(images), model.size) if images else ())
     folder, chunk = Path(cache) / f"text_{key:016x}", 16 if images else 256
     encode, read = None, None

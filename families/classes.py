@@ -27,14 +27,20 @@ FAMILIES = {  # kind of folder (see presets.py): file and class
 
 def family_of(kind, folder, index=None):
     """The class that reads a folder of that kind, or one line. index: the folder's model_index.json."""
+    if index and not isinstance(index.get("_class_name"), str):
+        raise Fatal(f"{folder}/model_index.json has no _class_name: it is not as diffusers writes it")
+    if kind.endswith(I2V) and kind not in FAMILIES and kind.removesuffix(I2V) in FAMILIES:
+        raise Fatal(f"{folder} holds a {kind.removesuffix(I2V)}, which does no image-to-video: leave out :i2v")
     if kind not in FAMILIES:
         raise Fatal(f"{folder} holds a {kind}; known are {'; '.join(FAMILIES)}. To add one: families/__init__.py")
     file, name = FAMILIES[kind]
     family = getattr(import_module(f"families.{file}"), name)
     wanted = {"vae": family.vae_class, **dict.fromkeys(family.parts, family.transformer_class)}
     for part, cls in wanted.items() if index else ():
-        if index[part][1] != cls.__name__:
-            raise Fatal(f"{folder} has {index[part][1]} in {part}/, and {name} reads {cls.__name__}")
+        found = index.get(part)
+        found = found[-1] if isinstance(found, list) and found else found
+        if found != cls.__name__:
+            raise Fatal(f"{folder} has {found} in {part}/, and {name} reads {cls.__name__}")
     if index and len(family.parts) > 1 and not index.get("boundary_ratio"):
         raise Fatal(f"{folder}/model_index.json has no boundary_ratio: where do its two experts meet?")
     return family

@@ -30,6 +30,8 @@ def teacher_folder(teacher):
                 f"{':i2v' if PRESETS[teacher].kind.endswith(I2V) else ''}"
             ) from None
     folder = Path(folder)
+    if teacher.endswith(":i2v") and f"{source}-i2v" in PRESETS:
+        raise Fatal(f"unknown teacher {teacher!r}: do you mean {source}-i2v?")
     if not folder.is_dir():
         raise Fatal(f"unknown teacher {teacher!r}: use {', '.join(PRESETS)}, or a folder in the diffusers layout")
     index = read_json(folder / "model_index.json")
@@ -46,7 +48,15 @@ def teacher_folder(teacher):
             raise Fatal(
                 f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files alone"
             )
-        for file in files:  # each is as long as its header says
-            with readable(file), safe_open(file, framework="pt"):
-                pass
+        if len(files) > 1 and not any((folder / part).glob("*.index.json")):
+            raise Fatal(f"{folder / part} holds {len(files)} files of weights and no index: leave the one that counts")
+        for path in files:  # each is as long as its header says
+            with readable(path), safe_open(path, framework="pt") as file:
+                kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - {"F64", "F32", "F16", "BF16"}
+            if kinds:
+                raise Fatal(f"{path} holds {', '.join(sorted(kinds))} weights: get those that were not quantised")
+    vae = read_json(folder / "vae" / "config.json")
+    for name in ("latents_mean", "latents_std"):
+        if not isinstance(vae.get(name), list) or len(vae[name]) != vae.get("z_dim"):
+            raise Fatal(f"{folder}/vae/config.json has no {name} for each of its z_dim channels: download it again")
     return folder

@@ -53,11 +53,18 @@ def opened(path):
 
 
 def read_images(paths, height, width):
-    """Images as videos of one frame [n, 3, 1, height, width] in [0, 1], scaled to cover it and cut in the middle."""
+    """Images as videos of one frame [n, 3, 1, height, width] in [0, 1], scaled to cover it and cut in the middle.
+
+    Of an animation the first frame is taken; what is transparent becomes white.
+    """
     videos = []
     for path in paths:
         with opened(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # which PIL would cut off at 255
+                raise Fatal(f"{path} has more than 8 bits a channel: convert it first")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
         videos.append(rearrange(pixels, "h w c -> c 1 h w").float() / 255)

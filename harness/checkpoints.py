@@ -26,8 +26,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def latest_checkpoint(folder):
     """The newest complete checkpoint in a run folder, or None."""
-    steps = sorted(Path(folder).glob("checkpoints/step_*"), key=lambda path: path.name)
-    steps = [path for path in steps if not path.name.endswith(".tmp")]
+    steps = sorted(Path(folder).glob(f"checkpoints/step_{'[0-9]' * 7}"), key=lambda path: path.name)
     return steps[-1] if steps else None
 
 
@@ -36,7 +35,8 @@ def check_checkpoint(path):
     if not (path / "checkpoint.json").is_file():
         raise Fatal(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
     record = read_json(path / "checkpoint.json")
-    if not isinstance(record.get("files"), dict) or not isinstance(record.get("step"), int):
+    numbers = (record.get("step"), record.get("world_size"))
+    if not isinstance(record.get("files"), dict) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise Fatal(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
     for name, size in record["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
@@ -46,7 +46,9 @@ def check_checkpoint(path):
 
 def run_name(script, teacher, seed=None):
     """How the folders of a script's runs on a teacher begin, those of one seed or of all."""
-    return f"{script}__{Path(teacher).name[:100]}__" + (f"{seed}__" if seed is not None else "")
+    return f"{script}__{(Path(teacher).name or Path(teacher).resolve().name)[:100]}__" + (
+        f"{seed}__" if seed is not None else ""
+    )
 
 
 def runs_of(runs_dir, *which):
@@ -63,6 +65,7 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
             raise Fatal(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(resume).absolute()
+    path = path.parent if path.name == "checkpoints" else path
     if not path.is_dir():
         raise Fatal(f"--resume: no such folder {resume}")
     return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path

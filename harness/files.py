@@ -52,6 +52,10 @@ def read_prompts(path):
         raise Fatal(f"{path} is no text file: it holds NUL characters")
     if "" in prompts:
         raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
+    if prompts[0].startswith("{") or prompts[0].lower() in ("prompt", "prompts", "caption", "captions"):
+        raise Fatal(
+            f"{path}: line 1 is {prompts[0][:40]!r}: this is a table, write one prompt per line and nothing else"
+        )
     header = re.split("[,;\t]", prompts[0].lower())
     named = len(header) > 1 and {"caption", "text", "prompt"}.intersection(header)
     if named or Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl"):
@@ -64,7 +68,9 @@ def readable(path):
     """What is read in this block from a teacher's files ends in one line if it cannot be."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Fatal:
+        raise
+    except Exception as error:  # of files that somebody damaged, whatever the library that reads them says
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Fatal(f"cannot read {path} ({reason}): copy or download it again") from None
 
@@ -76,7 +82,8 @@ def make_folder(folder, hint="; see --runs-dir"):
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
-        raise Fatal(f"cannot write the folder {folder}: {error.strerror}{hint}") from None
+        reason = "it is no folder" if Path(folder).exists() and not Path(folder).is_dir() else error.strerror
+        raise Fatal(f"cannot write the folder {folder}: {reason}{hint}") from None
 
 
 UMASK = os.umask(0)
@@ -133,6 +140,17 @@ def read_shard(path):
         file = opened(path)
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         prompts = json.loads(file.metadata()["prompts"])
+        if kinds := {file.get_slice(key).get_dtype() for key in shapes if len(shapes[key]) > 1} - {
+            "F64",
+            "F32",
+            "F16",
+            "BF16",
+        }:
+            raise ValueError(f"it holds {', '.join(sorted(kinds))} numbers")
+        if isinstance(prompts, list) and f"{len(prompts)}.text" in shapes:
+            raise ValueError(f"it has {len(prompts)} prompts, and more samples")
+        if 0 in {shape[0] for key, shape in shapes.items() if key.endswith(".text") and shape}:
+            raise ValueError("a text in it has no tokens")
         settings = file.get_tensor("settings").tolist() if "settings" in shapes else None
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("its prompts are no list")

@@ -134,6 +134,9 @@ def parse_args(Args, recipes):
         run = find_checkpoint(place, Path(sys.argv[0]).stem, args.teacher, seed, given["resume"]).parents[1]
         before = read_json(run / "args.json") if (run / "args.json").is_file() else {}
         before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
+        for name, value in before.items():
+            if isinstance(vars(args)[name], (int, float)) and not isinstance(value, (int, float)):
+                raise Fatal(f"{run / 'args.json'} is damaged: {name} is {value!r}")
         place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
         args = replace(args, **{**before, **place, "resume": None, "track": False})
     row = recipe_of(args.teacher, recipes)

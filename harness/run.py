@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
+from families.presets import PRESETS, name_of
 from harness.checkpoints import (
     CAUSAL_CARD,
     check_checkpoint,
@@ -80,6 +81,9 @@ class Run:
         before = read_json(run / "args.json")
         if before.get("script") != self.script.stem:
             raise Fatal(f"--resume: {run} is no run of {self.script.name}; to start from its weights, --init it")
+        teachers = {name_of(args.teacher), name_of(str(before.get("teacher")))}
+        if len(teachers) > 1 and teachers <= PRESETS.keys():  # a folder may have been moved
+            raise Fatal(f"--resume: {run} has the teacher {before['teacher']}, not {args.teacher}")
         if self.step > args.steps:
             raise Fatal(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
         for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when

@@ -191,6 +191,9 @@ def compose(count, seed):
 
 
 def main(args):
+    if args.count < 1:
+        print(f"--count must be at least 1, got {args.count}", file=sys.stderr)
+        sys.exit(2)
     text = "".join(f"{prompt}\n" for prompt in compose(args.count, args.seed))
     path = FOLDER / "prompts.txt"
     if not args.check:

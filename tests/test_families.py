@@ -408,7 +408,7 @@ def test_a_first_and_last_frame_teacher_is_one_line(folders, prompts, tmp_path, 
         ("wan_5b_i2v", {"prompts": str(ROOT / "prompts/prompts.txt")}, ["no image of prompt 4"]),
         ("wan_5b", {"images": "nowhere"}, ["--images goes with"]),
         ("qwen_image", {"frames": 9}, ["--frames must be 1"]),
-        ("wan", {"teacher": "wan:i2v"}, ["holds a WanPipeline, image to video"]),
+        ("wan", {"teacher": "wan:i2v"}, ["which does no image-to-video"]),
     ],
 )
 def test_images_that_cannot_be(name, flags, words, folders, prompts, tmp_path, fails):
@@ -430,6 +430,17 @@ def test_a_turned_photo_is_turned_back(tmp_path, capsys):
     assert (read_images([path], 40, 24)[0] - upright).abs().max() < 1 / 255
     find_images(tmp_path, 1, 24, 40)
     assert "cropped in the middle" in capsys.readouterr().out
+
+
+def test_pixels_of_other_kinds_of_images(tmp_path, fails):
+    """16 bits would be cut off at 255, so they are refused; what is transparent is white, an opaque alpha nothing."""
+    deep, clear, opaque = (tmp_path / f"{i}.png" for i in (1, 2, 3))
+    Image.new("I;16", (32, 32), 40000).save(deep)
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(clear)
+    Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(opaque)
+    fails(lambda: read_images([deep], 32, 32), str(deep), "more than 8 bits")
+    assert read_images([clear], 32, 32).min() == 1
+    assert read_images([opaque], 32, 32)[0, :, 0, 16, 16].tolist() == [1, 0, 0]
 
 
 def test_images_are_cropped_in_the_middle_and_said_so(folders, prompts, tmp_path, fails, capsys):

@@ -431,6 +431,7 @@ def test_bad_metadata(tmp_path, fails):
         ("name,caption\na.mp4,x\n", "line 2", "file_name, path, video, file"),
         ('{"path": "a.mp4", "text": "x"}\n{"path": \n', "cannot read", "JSONL"),
         ('{"path": "a.mp4", "text": "x"}\n7\n', "line 2: no JSON object"),
+        ("path,text\na.mp4,a red circle, on grey\n", "line 2: more fields than columns", "quotes"),
     ):
         table.write_text(text)
         fails(lambda: read_table(table), *words)

@@ -104,3 +104,12 @@ def test_nouns():
     assert [compose.article(noun) for noun in ("owl", "unicorn", "umbrella", "hour")] == [
         "an owl", "a unicorn", "an umbrella", "an hour",
     ]  # fmt: skip
+
+
+def test_no_prompts_are_not_written(tmp_path, monkeypatch, capsys):
+    shutil.copy(compose.FOLDER / "vocabulary.txt", tmp_path)
+    monkeypatch.setattr(compose, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        compose.main(compose.Args(count=0))
+    assert stop.value.code == 2 and "--count" in capsys.readouterr().err
+    assert not (tmp_path / "prompts.txt").exists()

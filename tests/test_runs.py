@@ -2,6 +2,7 @@
 
 from harness.flags import parse_args, with_recipe
 
+import dataclasses
 import errno
 import json
 import os
@@ -725,3 +726,117 @@ def test_own_prompts_on_the_tiny_teacher(tmp_path):
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags))  # its clips are the teacher's, and so are the preview's
     table = (only_run(tmp_path, dmd2) / "previews" / "table.md").read_text()
     assert table.startswith("| | data | teacher | step_0000001 |") and "right" not in table
+
+
+# ------------------------------------------------------------------------------------- found by users' mistakes
+
+
+def edited(path, **changes):
+    record = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del record[key]
+        else:
+            record[key] = value
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("transformer/config.json", {"text_dim": None}, ["cannot read the configs", "text_dim"]),
+        ("transformer/config.json", {"patch_size": "1,2,2"}, ["cannot read the configs"]),
+        ("vae/config.json", {"latents_mean": [0.0]}, ["vae/config.json has no latents_mean for each of its z_dim"]),
+        ("vae/config.json", {"latents_std": None}, ["vae/config.json has no latents_std"]),
+        ("vae/config.json", {"scale_factor_spatial": 0}, ["cannot read the configs"]),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "16"}, ["cannot read the configs"]),
+        ("model_index.json", {"transformer": None}, ["has None in transformer/"]),
+        ("model_index.json", {"vae": "AutoencoderKLWan2"}, ["has AutoencoderKLWan2 in vae/"]),
+        ("model_index.json", {"_class_name": None}, ["model_index.json has no _class_name"]),
+    ],
+)
+def test_damaged_configs_of_a_teacher_are_one_line(copied_teacher, tmp_path, fails, file, changes, words):
+    edited(copied_teacher / file, **changes)
+    size = {"frames": 9, "height": 32, "width": 32}
+    args = small_args(dmd, teacher=str(copied_teacher), runs_dir=str(tmp_path / "runs"), **size)
+    fails(lambda: dmd.main(args), *words)
+    assert not list((tmp_path / "runs").glob("dmd__*"))
+
+
+def test_weights_that_do_not_count(copied_teacher, tmp_path, fails):
+    path = copied_teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(path, path.with_name("copy.safetensors"))
+    args = small_args(dmd, teacher=str(copied_teacher), runs_dir=str(tmp_path), frames=9, height=32, width=32)
+    fails(lambda: dmd.main(args), "2 files of weights and no index")
+    path.with_name("copy.safetensors").unlink()
+    save_file({key: value.to(torch.int8) for key, value in load_file(path).items()}, path)
+    fails(lambda: dmd.main(args), "holds I8 weights")
+
+
+def test_the_image_to_video_of_a_teacher_that_has_none(copied_teacher, tmp_path, fails):
+    args = small_args(dmd, runs_dir=str(tmp_path))
+    fails(lambda: dmd.main(dataclasses.replace(args, teacher="tiny:i2v")), "do you mean tiny-i2v?")
+    fails(lambda: dmd.main(dataclasses.replace(args, teacher=f"{copied_teacher}:i2v")), "does no image-to-video")
+
+
+def test_another_tokenizer_is_another_embedding(copied_teacher, tmp_path):
+    device = common.init_distributed()
+    for _ in range(2):
+        model = common.Model(str(copied_teacher), 9, 32, 32)
+        common.encode_text(model, ["a red circle"], tmp_path, device)
+        edited(copied_teacher / "tokenizer" / "tokenizer_config.json", note="another one")
+    assert len(list(tmp_path.glob("text_*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {k: v.to(torch.uint8) if "latents" in k else v for k, v in t.items()}, ["U8 numbers"]),
+        (lambda t: {k: v[:0] if "text" in k else v for k, v in t.items()}, ["no tokens"]),
+        (lambda t: {k: v * torch.nan if k == "1.latents" else v for k, v in t.items()}, ["1.latents is not finite"]),
+    ],
+)
+def test_damaged_samples_are_named(tmp_path, fails, change, words):
+    path, model = tmp_path / "shards" / "0.safetensors", common.Model("tiny", 9, 32, 32)
+    path.parent.mkdir()
+    make_shard(path, model)
+    save_file(change(load_file(path)), path, metadata={"prompts": json.dumps(["a red circle"] * 3)})
+    args = small_args(dmd2, runs_dir=tmp_path, data=str(path.parent), gan_weight=0.1, steps=2)
+    code = 1 if "finite" in words[0] else 2
+    fails(lambda: dmd2.main(args), str(path), *words, code=code)
+
+
+def test_a_shard_with_more_samples_than_prompts(tmp_path, fails):
+    path, model = tmp_path / "0.safetensors", common.Model("tiny", 9, 32, 32)
+    make_shard(path, model)
+    save_file(load_file(path), path, metadata={"prompts": json.dumps(["a red circle"])})
+    fails(lambda: common.Shards(tmp_path, model, torch.device("cpu")), "1 prompts, and more samples")
+
+
+@pytest.mark.parametrize("first", ["prompt", "Captions", '{"prompt": "a red circle"}'])
+def test_a_table_is_no_list_of_prompts(tmp_path, fails, first):
+    (tmp_path / "p.txt").write_text(f"{first}\na red circle\n")
+    fails(lambda: read_prompts(tmp_path / "p.txt"), "line 1", "one prompt per line")
+
+
+def test_what_lies_beside_checkpoints_is_none(tmp_path, fails):
+    """A file manager's copy; and the folder of all checkpoints means its newest."""
+    dmd.main(small_args(runs_dir=tmp_path, steps=2, save_every=1))
+    run = only_run(tmp_path)
+    for stray in ("step_0000002 (copy)", "step_zzz"):
+        (run / "checkpoints" / stray).mkdir()
+    dmd.main(small_args(runs_dir=tmp_path, steps=3, resume=str(run / "checkpoints")))
+    assert (run / "checkpoints" / "step_0000003" / "checkpoint.json").is_file()
+    fails(
+        lambda: dmd.main(small_args(runs_dir=tmp_path, steps=4, teacher="tiny-i2v", resume=str(run))), "has the teacher"
+    )
+    record = run / "checkpoints" / "step_0000003" / "checkpoint.json"
+    edited(record, world_size=None)
+    fails(lambda: dmd.main(small_args(runs_dir=tmp_path, steps=4, resume=str(run))), "checkpoint.json is damaged")
+
+
+def test_a_damaged_record_of_flags(tmp_path, fails, monkeypatch):
+    dmd.main(small_args(runs_dir=tmp_path, steps=1))
+    edited(only_run(tmp_path) / "args.json", batch_size="two")
+    monkeypatch.setattr(sys, "argv", ["dmd.py", "--resume", str(only_run(tmp_path)), "--steps", "2"])
+    fails(lambda: parse_args(dmd.Args, dmd.RECIPES), "args.json is damaged", "batch_size is 'two'")

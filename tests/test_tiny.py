@@ -362,6 +362,8 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"stage": "denoiser", "out": tmp_path},
         {"stage": "teacher", "work": tmp_path},
         {"stage": "image-to-video", "out": tmp_path},
+        {"guidance_scale": math.nan},
+        {"stage": "vae", "work": Path("/dev/full/work")},
     ):
         with pytest.raises(SystemExit) as stop:
             train.main(train.Args(**bad))

@@ -9,6 +9,7 @@ functions of (seed, step), so a run that was interrupted and one that was not ar
 are in tiny/training/.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 class Args:
     stage: Literal["all", "vae", "teacher", "report", "image-to-video", "levels", "denoiser"] = "all"
     """What to run: `all` is `vae`, `teacher` and `report`, each of which needs those before it. Three more read `out`.
+    `report` writes samples.png beside the folder `out`.
     `image-to-video`: the teacher trained on with the first frame given, into <out>_i2v.
     `levels`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost.
     `denoiser`: the error of the teacher's prediction at high noise beside that of the best possible one."""
@@ -87,6 +89,9 @@ def check(args):
     for name in (*counts, "vae_lr", "lr", "shift", "train_shift"):
         if getattr(args, name) <= 0:
             problem = f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}"
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = f"--{name.replace('_', '-')} must be finite, not {value}"
     if args.clips % 2048 or args.clips <= 0:
         problem = f"--clips must be a multiple of 2048, not {args.clips}"
     if args.threads < 0 or args.seed < 0:
@@ -100,6 +105,11 @@ def check(args):
         and not (args.out / "model_index.json").exists()
     ):
         problem = f"no teacher in {args.out}: run --stage all first"
+    try:  # before hours of training, not at the first snapshot
+        if args.stage in ("all", "vae", "teacher", "image-to-video"):
+            args.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot write --work {args.work}: {error.strerror}"
     if problem:
         print(f"tiny/train.py: {problem}", file=sys.stderr)
         sys.exit(2)

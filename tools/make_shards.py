@@ -83,7 +83,7 @@ def turns(count, name):
 
 def settings_key(model, frames, height, width):
     """A number of all that turns videos and captions into what the shards hold."""
-    parts = ("vae", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
+    parts = ("vae", "tokenizer", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
     encoders = stamps([file for part in parts for file in sorted((model.folder / part).glob("*")) if file.is_file()])
     shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
     return hashed(READER, frames, height, width, model.fps, *shapes, model.text_length, encoders)

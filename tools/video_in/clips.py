@@ -113,6 +113,8 @@ def read_rows(path):
     for number, row in rows:
         if not isinstance(row, dict):
             raise Fatal(f"{path}, line {number}: no JSON object")
+        if None in row:  # more fields than columns
+            raise Fatal(f"{path}, line {number}: more fields than columns; put a caption that holds commas into quotes")
     return rows
 
 
