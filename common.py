@@ -291,7 +291,7 @@ class Shards(Samples):
         self.rows, self.prompts, self.epoch = [], [], None
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         if not paths:
-            raise Fatal(f"no *.safetensors shards in {folder}")
+            raise Fatal(f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}")
         for path in paths:
             prompts, shapes, made_with = read_shard(path)
             for i, key in ((i, key) for i in range(len(prompts)) for key in ("text", *keys)):

@@ -33,7 +33,7 @@ LONGEST = {
 }
 # what a user starts, beside the scripts: these, and what stands in these rooms itself; all else is a library
 PROGRAMS, PROGRAM_ROOMS = {"eval_vbench", "tiny.train", "prompts.compose", "docs.diffs"}, ("tools", "experiments")
-FAMILY, READ, REACHED = 110, 900, 2170
+FAMILY, READ, REACHED = 110, 900, 2180
 NO_FAMILY = {"classes", "folders", "images", "latents", "presets", "text"}
 
 

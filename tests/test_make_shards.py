@@ -426,7 +426,8 @@ def test_metadata(clips, tmp_path, capsys, name):
 def test_bad_metadata(tmp_path, fails):
     table = tmp_path / "table"
     for text, *words in (
-        ("", "no captions"),
+        ("", "it is empty"),
+        ('[{"path": "a.mp4", "text": "x"}]', "JSON list", "one object per line"),
         ("file_name,title\na.mp4,x\n", "no captions", "caption, text, prompt"),
         ("name,caption\na.mp4,x\n", "line 2", "file_name, path, video, file"),
         ('{"path": "a.mp4", "text": "x"}\n{"path": \n', "cannot read", "JSONL"),

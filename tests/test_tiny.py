@@ -446,3 +446,12 @@ def test_image_to_video_stage_writes_a_teacher(tmp_path):
     assert network.keys() == before.keys()
     assert any(not torch.equal(network[key], before[key]) for key in before)
     assert load_file(model.folder / "vae" / WEIGHTS).keys() == load_file(TEACHER / "vae" / WEIGHTS).keys()
+
+
+def test_a_cut_teacher_is_one_line(tmp_path, capsys):
+    shutil.copytree(TEACHER, tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "transformer" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.Args(stage="report", out=tmp_path / "teacher", samples=12, work=tmp_path / "work"))
+    assert stop.value.code == 2 and "cannot read the teacher" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 import tyro
+from diffusers import WanPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tiny/train.py` finds the package
 
@@ -110,6 +111,11 @@ def check(args):
             args.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot write --work {args.work}: {error.strerror}"
+    if not problem and args.stage in ("report", "image-to-video", "levels", "denoiser"):
+        try:
+            WanPipeline.from_pretrained(args.out)
+        except Exception as error:  # of a damaged folder each of its libraries raises its own
+            problem = f"cannot read the teacher in {args.out}: {str(error).strip().splitlines()[0]}"
     if problem:
         print(f"tiny/train.py: {problem}", file=sys.stderr)
         sys.exit(2)
