@@ -124,6 +124,8 @@ def parse_args(Args, recipes):
     """Command line -> Args. A flag beats the teacher's row in `recipes`, which beats the defaults of Args. For
     --resume, the args of that run stand in for both.
     """
+    if "--frame-block" in sys.argv and "frame_block" not in Args.__dataclass_fields__:
+        raise Fatal("--frame-block: no causal student here; dmd2.py, dfd.py and codmd.py have one")
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("teacher", "seed", "runs-dir", "resume"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")

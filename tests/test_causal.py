@@ -1,6 +1,6 @@
 """The causal student: its network against stock ones, its rollout's gradient, whole runs of the scripts on it."""
 
-from harness.flags import with_recipe
+from harness.flags import parse_args, with_recipe
 
 import dataclasses
 import json
@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 import codmd
 import common
 import dfd
+import dmd
 import dmd2
 import eval_vbench
+import phased_dmd
 from experiments import evidence
 from families.wan import Wan
 from families.wan_causal import CausalWan
@@ -329,6 +331,15 @@ def test_drift_is_read_from_the_pixels():
 def test_a_block_that_cannot_be(block, words, tmp_path, fails):
     fails(lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path, frame_block=block)), *words)
     assert not list(tmp_path.glob("dmd2__*"))
+
+
+@pytest.mark.parametrize("script", [dmd, phased_dmd])
+def test_scripts_without_it_say_so(script, fails, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--frame-block", "3"])
+    fails(lambda: parse_args(script.Args, script.RECIPES), "--frame-block", "dmd2.py, dfd.py and codmd.py")
+    monkeypatch.setattr(sys, "argv", ["dmd2.py", "--frame-block", "3"])
+    for other in (dmd2, ode_init):
+        assert parse_args(other.Args, other.RECIPES).frame_block == 3
 
 
 def test_other_families_have_none(tmp_path, fails):
