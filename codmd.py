@@ -1,7 +1,6 @@
 """CoDMD: Copula-aware distribution matching distillation (arXiv 2606.21982).
 
-DMD2 without a discriminator matches each sample on its own. CoDMD adds how frames, and samples of a batch, relate to
-each other: the teacher's and the fake score's similarity matrices say in which direction the student's must move.
+DMD2 without a discriminator matches each sample on its own; CoDMD adds how frames, and samples of a batch, relate.
 
     python codmd.py                                        # the tiny teacher, minutes on two CPU cores
     torchrun --nproc_per_node=8 codmd.py --teacher wan2.1-1.3b
@@ -118,8 +117,7 @@ def add_noise(x0, noise, sigma):
 
 def sample_sigma(rng, shift, low=0.02, high=0.98):
     u = rng.uniform()
-    sigma = shift * u / (1 + (shift - 1) * u)
-    return sigma.clamp(low, high)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(low, high)
 
 
 def predict_x0(network, x_t, sigma, cond):
@@ -183,10 +181,7 @@ def student_loss(x0, grad):
 
 
 class Heads(nn.Module):
-    """The discriminator: a small head for each block of the fake score that it reads.
-
-    It is a part of the fake score, so it trains, is clipped and is saved with it.
-    """
+    """The discriminator: a head for each block of the fake score that it reads. A part of it, it trains with it."""
 
     def __init__(self, width, blocks):
         super().__init__()

@@ -22,11 +22,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
 from families.folders import teacher_folder
-from families.images import find_images, read_images
+from families.images import find_images
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
 from families.presets import TINY_WORLD, kind_of, name_of
-from families.text import tell_what_is_lost
-from harness.files import Fatal, hashed, opened, read_json, read_prompts, read_shard, readable, stamps, write_shard
+from families.text import encoded_prompts
+from harness.files import Fatal, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
 from tiny import world as tiny
 
 # no script writes in place into a network's output, which is what this warns of
@@ -77,10 +77,7 @@ class Model:
         """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
         from families.classes import causal
 
-        frames = self.latent_shape[1]
-        if frame_block and frames % frame_block:
-            raise Fatal(f"--frame-block must divide the video's {frames} latent frames, got {frame_block}")
-        return causal(self.family) if frame_block else self.family
+        return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
 
     def load_network(
         self, trained, device, frame_block=0, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0
@@ -331,11 +328,7 @@ class Shards(Samples):
         return self.latents_of([self.row(number) for number in numbers], key)
 
     def latents_of(self, rows, key="latents"):
-        picked = [opened(path).get_tensor(f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
-        for row, tensor in zip(rows, picked):
-            if not tensor.isfinite().all():
-                path, i = self.rows[row]
-                raise Fatal(f"shard {path}: {i}.{key} is not finite: make it again", code=1, alone=True)
+        picked = [read_sample(path, f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
         return torch.stack(picked).float().to(self.device)
 
 
@@ -395,24 +388,8 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
 
 
 def encode_text(model, prompts, cache, device, images=()):
-    """Encode prompts once, into shards under `cache`; a Shards of them, row i for prompt i. images: their first frames'
-    paths, for image-to-video. Ranks share the work. Encoders are loaded only if something is missing, and freed after.
+    """Prompts, encoded once into shards under `cache`: a Shards, row i for prompt i. images: their first frames' paths,
+    for image-to-video.
     """
-    parts = [*model.family.text_parts, "tokenizer", *(("vae", "image_encoder") if images else ())]
-    files = [path for part in parts for path in sorted((model.folder / part).glob("*")) if path.is_file()]
-    key = hashed(prompts, stamps(files), model.text_length, (stamps(images), model.size) if images else ())
-    folder, chunk = Path(cache) / f"text_{key:016x}", 16 if images else 256
-    encode, read = None, None
-    if dist.get_rank() == 0 and len(list(folder.glob("*.safetensors"))) * chunk < len(prompts):
-        tell_what_is_lost(model.family.tokenizer(model.folder), model.text_length, prompts)
-    for first in range(dist.get_rank() * chunk, len(prompts), dist.get_world_size() * chunk):
-        path, part = folder / f"{first:08d}.safetensors", prompts[first : first + chunk]
-        if not path.is_file():
-            encode = encode or model.family.text_encoder(model.folder, device)
-            texts = [text for i in range(0, len(part), 16) for text in encode(part[i : i + 16])]
-            read = read or (model.image_encoder(device) if images else None)
-            own = read(read_images(images[first : first + chunk], *model.size[1:])) if images else {}
-            write_shard(path, part, texts, **own)
-    del encode, read
-    dist.barrier()
+    folder = encoded_prompts(model, prompts, cache, device, images)
     return Shards(folder, model, device, keys=() if images else None)

@@ -85,8 +85,7 @@ def add_noise(x0, noise, sigma):
 
 def sample_sigma(rng, shift, low=0.02, high=0.98):
     u = rng.uniform()
-    sigma = shift * u / (1 + (shift - 1) * u)
-    return sigma.clamp(low, high)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(low, high)
 
 
 def predict_x0(network, x_t, sigma, cond):

@@ -205,10 +205,7 @@ def student_loss(x0, grad):
 
 
 class Heads(nn.Module):
-    """The discriminator: a small head for each block of the fake score that it reads.
-
-    It is a part of the fake score, so it trains, is clipped and is saved with it.
-    """
+    """The discriminator: a head for each block of the fake score that it reads. A part of it, it trains with it."""
 
     def __init__(self, width, blocks):
         super().__init__()

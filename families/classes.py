@@ -46,8 +46,10 @@ def family_of(kind, folder, index=None):
     return family
 
 
-def causal(family):
-    """The class of a causal student of a family, or one line."""
+def causal(family, frames, frame_block):
+    """The class of a causal student of a family that makes that many of its latent frames at a time, or one line."""
+    if frames % frame_block:
+        raise Fatal(f"--frame-block must divide the video's {frames} latent frames, got {frame_block}")
     if family.__name__ != "Wan":
         raise Fatal(f"--frame-block: only Wan 2.1 text-to-video has a causal student, {family.__name__} has none")
     return import_module("families.wan_causal").CausalWan

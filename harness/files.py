@@ -159,6 +159,14 @@ def read_shard(path):
     return prompts, shapes, settings
 
 
+def read_sample(path, name):
+    """One tensor of a shard; one line if it is not finite."""
+    tensor = opened(path).get_tensor(name)
+    if not tensor.isfinite().all():
+        raise Fatal(f"shard {path}: {name} is not finite: make it again", code=1, alone=True)
+    return tensor
+
+
 def write_shard(path, prompts, texts, settings=None, **tensors):
     """Write one shard of n samples (see common.Shards). texts: n tensors [tokens, d]; tensors: n [c, f, h, w] per name;
     settings: what a teacher's samples depend on, so that a run can compare.

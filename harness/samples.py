@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from harness.files import Fatal, hashed, make_folder, stamps
+from harness.files import Fatal, hashed, make_folder, stamps, write_shard
 
 
 def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
@@ -35,7 +35,7 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
         prompts, own = [data.prompt(number) for number in numbers], {key: cond[key] for key in data.model.conditions}
         tensors = {"noise": noise, "latents": solve(noise, cond), **own}
-        common.write_shard(paths[first], prompts, texts, settings=settings, **tensors)
+        write_shard(paths[first], prompts, texts, settings=settings, **tensors)
         if turn == 0:
             hours = [(time.perf_counter() - started) * (turns - 1) / 3600]
             dist.broadcast_object_list(hours)

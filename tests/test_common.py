@@ -9,7 +9,7 @@ import torch
 
 import common
 import dmd
-from harness.files import Fatal, hashed, written_aside
+from harness.files import Fatal, hashed, write_shard, written_aside
 from harness.samples import teacher_samples
 from tests.conftest import small_args
 from tests.test_runs import make_shard
@@ -58,7 +58,7 @@ def test_shards_hand_out_every_row_once_an_epoch(tmp_path):
 def test_embeddings_are_padded_with_zeros(tmp_path):
     model = common.Model("tiny", 9, 32, 32)
     texts = [torch.randn(n, model.text_dim) for n in (2, 40, 3)]
-    common.write_shard(tmp_path / "0.safetensors", ["x"] * 3, texts)
+    write_shard(tmp_path / "0.safetensors", ["x"] * 3, texts)
     text = common.Shards(tmp_path, model, CPU).cond_of([2, 0, 1])["text"]
     assert text.shape == (3, model.text_length, model.text_dim)
     assert torch.equal(text[0, :3], texts[2]) and text[0, 3:].abs().sum() == 0
@@ -115,7 +115,7 @@ def test_pairs_of_other_settings_are_refused(tmp_path, fails):
 def test_what_is_not_finite_is_not_written(tmp_path, fails):
     latents = torch.zeros(2, 1, 1, 2, 2)
     latents[1, 0, 0, 1, 1] = float("nan")
-    write = lambda: common.write_shard(tmp_path / "a.safetensors", ["x", "y"], [torch.zeros(1, 2)] * 2, latents=latents)
+    write = lambda: write_shard(tmp_path / "a.safetensors", ["x", "y"], [torch.zeros(1, 2)] * 2, latents=latents)
     fails(write, "1.latents of 'y' is not finite", code=1)
     assert not list(tmp_path.iterdir())
 
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_not_written(tmp_path, fails):
 def test_few_of_many_shards_are_open(tmp_path):
     model = common.Model("tiny", 9, 32, 32)
     for i in range(300):
-        common.write_shard(tmp_path / f"{i:04d}.safetensors", [f"prompt {i}"], [torch.full((1, 32), float(i))])
+        write_shard(tmp_path / f"{i:04d}.safetensors", [f"prompt {i}"], [torch.full((1, 32), float(i))])
     data = common.Shards(tmp_path, model, CPU)
     text = data.cond_of(range(300))["text"]
     assert text[:, 0, 0].tolist() == list(range(300)) and data.prompts[299] == "prompt 299"

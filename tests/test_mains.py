@@ -24,6 +24,7 @@ import dmd2
 import phased_dmd
 from experiments import phased_ablations
 from families.presets import PRESETS
+from harness.files import write_shard
 from harness.preview import Preview
 from harness.run import Run
 from tests.conftest import only_run, small_args
@@ -562,7 +563,7 @@ def test_dmd(tmp_path, monkeypatch):
     texts = [torch.randn(n, model.text_dim, generator=g) for n in (3, 4, 5, 6, 7)]
     noise, video = torch.randn(2, 5, *model.latent_shape, generator=g)
     (tmp_path / "pairs").mkdir()
-    common.write_shard(tmp_path / "pairs" / "0.safetensors", ["x"] * 5, texts, noise=noise, latents=video)
+    write_shard(tmp_path / "pairs" / "0.safetensors", ["x"] * 5, texts, noise=noise, latents=video)
     flags = {"pairs": str(tmp_path / "pairs"), "regression_weight": 0.4}
     compare(tmp_path, monkeypatch, dmd, DMD, **flags)
 

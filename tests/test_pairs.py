@@ -10,14 +10,14 @@ from docs import diffs
 DECLARED = {
     ("dmd", "dmd2"): (
         {"docstring", "imports", "Args", "RECIPES", "check", "needs_clips", "rollout", "sample_student",
-         "regression_loss", "Heads", "gan_student_loss", "discriminator_loss", "main"}, 127, 55,
+         "regression_loss", "Heads", "gan_student_loss", "discriminator_loss", "main"}, 124, 55,
     ),
     ("dmd2", "codmd"): (
-        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 41, 14,
+        {"docstring", "Args", "RECIPES", "relation_matrix", "relation_kl", "relation_loss", "main"}, 40, 14,
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "check", "bridge", "renoise", "sample_sigma", "rollout",
-         "sample_student", "flow_loss", "main"}, 116, 64,
+         "sample_student", "flow_loss", "main"}, 117, 64,
     ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 26, 24),
 }  # fmt: skip

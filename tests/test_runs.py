@@ -28,7 +28,7 @@ import dfd
 import dmd
 import dmd2
 from harness.checkpoints import check_checkpoint
-from harness.files import UMASK, read_prompts, stamps, written_aside
+from harness.files import UMASK, read_prompts, stamps, write_shard, written_aside
 from harness.finished import load_run
 from harness.run import Run, unused_folder
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
@@ -349,7 +349,7 @@ def test_what_a_prompt_loses_is_told_once(tmp_path, capsys):
 def make_shard(path, teacher, n=3, **changes):
     shape = (n, *teacher.latent_shape)
     tensors = {"latents": torch.randn(shape), "noise": torch.randn(shape)} | changes
-    common.write_shard(path, ["a red circle"] * n, [torch.randn(4, teacher.text_dim)] * n, **tensors)
+    write_shard(path, ["a red circle"] * n, [torch.randn(4, teacher.text_dim)] * n, **tensors)
 
 
 @pytest.mark.parametrize("flag", ["data", "pairs"])
