@@ -181,7 +181,7 @@ def student_loss(x0, grad):
 
 
 class Heads(nn.Module):
-    """The discriminator: a head for each block of the fake score that it reads. A part of it, it trains with it."""
+    """The discriminator: a head for each block of the fake score that it reads; trained and saved as a part of that."""
 
     def __init__(self, width, blocks):
         super().__init__()

@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import torch
@@ -69,7 +70,7 @@ def main(args):
     run = Run(__file__, args)
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     shape = model.latent_shape
-    model.network_class(args.frame_block)
+    dmd2.check(SimpleNamespace(**vars(args), gan_weight=0.0, discriminator_blocks=()), model)  # no discriminator here
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
     teacher = model.load_network(trained=False, device=run.device)
