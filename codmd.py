@@ -86,7 +86,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     },
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
@@ -233,21 +233,21 @@ def flow_loss(v, x0, noise):
 def main(args):
     # setup
     run = Run(__file__, args)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
     check(args, model)
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
-    teacher = model.load_network(trained=False, device=run.device)
-    student = model.load_network(True, run.device, args.frame_block, gradient_checkpointing=args.gradient_checkpointing)
-    fake_score = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, args.frame_block, dtype=torch.float32) if args.ema_decay else student
+    teacher = model.load_network("teacher", run.device, adapters=args.adapters)
+    student = model.load_network("student", run.device, args.frame_block, base=teacher)
+    fake_score = model.load_network("fake_score", run.device, base=teacher)
+    ema = model.load_network("ema", run.device, args.frame_block, base=teacher) if args.ema_decay else student
     from_data = args.student_input == "data"
     read = args.discriminator_blocks if args.gan_weight else ()
     if args.gan_weight:
         torch.manual_seed(args.seed)
-        fake_score.heads = common.shard(Heads(fake_score.width, read).to(run.device), run.device)
+        fake_score.heads = model.shard(Heads(fake_score.width, read).to(run.device), run.device)
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)

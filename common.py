@@ -16,11 +16,12 @@ import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
+from families.adapters import Adapted, add_adapters
+from families.compute import prepare
 from families.folders import teacher_folder
 from families.images import find_images
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
@@ -35,6 +36,9 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
 # ------------------------------------------------------------------------------------------------- model loading
+
+
+TRAINED = ("student", "fake_score")
 
 
 def init_distributed():
@@ -52,12 +56,14 @@ def init_distributed():
 
 class Model:
     """What is known of a teacher's model beside its weights: family, folder, configs, latent shape. teacher: a name in
-    presets.py, or a folder; frames, height and width are the video's, in pixels.
+    presets.py, or a folder; frames, height and width are the video's, in pixels; compute: RunArgs.compute.
     """
 
-    def __init__(self, teacher, frames, height, width):
+    def __init__(self, teacher, frames, height, width, compute=None):
         from families.classes import family_of
 
+        self.compute = dict(compute or {})
+        self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size = teacher, teacher_folder(teacher), (frames, height, width)
         self.config = read_json(self.folder / "transformer" / "config.json")
         self.index = read_json(self.folder / "model_index.json")
@@ -79,36 +85,34 @@ class Model:
 
         return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
 
-    def load_network(
-        self, trained, device, frame_block=0, dtype=None, gradient_checkpointing=False, lora_rank=0, lora_alpha=1.0
-    ):
-        """The teacher's network, sharded over all ranks. Student and fake score are copies: load it again.
+    def load_network(self, role, device, frame_block=0, dtype=None, base=None, adapters=None):
+        """A network with the teacher's weights, sharded over all ranks.
 
-        trained networks keep float32 master weights; frozen ones are bf16 on a GPU (dtype says otherwise). Compute is
-        bf16 on a GPU, with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2
-        fixes its reduction dtype at the first forward. With lora_rank only a LoRA on attention and feed-forward layers
-        is trained, its update scaled by lora_alpha / lora_rank. frame_block: see network_class.
+        role: "teacher" is frozen, bf16 on a GPU. "student" and "fake_score" are trained and keep float32 master
+        weights; all others ("ema", "expert_0", …) are frozen, float32; dtype says otherwise. Compute is bf16 on a GPU,
+        with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2 fixes its
+        reduction dtype at the first forward.
+        adapters: LoRAs to put on it, {role: (rank, alpha)}, none of them on. A network of such a role that is loaded
+        with this one as its base is this one with that LoRA on. frame_block: see network_class.
         """
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and not trained else torch.float32
+        if role in getattr(base, "adapters", ()):
+            network = Adapted(base, role, trained=role in TRAINED)
+            self.reset(network)
+            return network
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" and role == "teacher" else torch.float32)
         with readable(f"the configs in {self.folder}"), init_empty_weights(include_buffers=False):
             transformers = [self.family.transformer_class.from_config(self.config) for _ in self.family.parts]
-        for transformer in transformers:
-            if lora_rank:
-                from peft import LoraConfig
-
-                layers = self.family.lora_layers
-                transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=layers))
-            if gradient_checkpointing:
-                transformer.enable_gradient_checkpointing()
+            for transformer in transformers:
+                add_adapters(transformer, self.family.lora_layers, adapters or {})
         network = self.network_class(frame_block)(*transformers, index=self.index)
-        network.frame_block = frame_block
+        network.frame_block, network.adapters = frame_block, tuple(adapters or ())
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        network.to(dtype)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(trained and (not lora_rank or ".lora_" in name))
-        shard(network, device)
+            parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
+            parameter.requires_grad_(role in TRAINED)
+        prepare(network, transformers, **self.compute)
+        self.shard(network, device)
         network.to_empty(device=device)
         for name, buffer in buffers.items():
             module, _, leaf = name.rpartition(".")
@@ -116,8 +120,31 @@ class Model:
         self.reset(network)
         return network
 
+    def shard(self, network, device):
+        """FSDP2, in place: every one of `network.blocks` is a unit, the rest is the root's. Returns the network. Groups
+        of --shard-size ranks hold it once each. A single process on the CPU has nothing to shard.
+        """
+        world = dist.get_world_size()
+        together = self.shard_size or world
+        if world % together:
+            raise Fatal(f"--shard-size must divide the {world} processes, got {together}")
+        if device.type == "cpu" and world == 1:
+            return network
+        bf16 = torch.bfloat16 if device.type == "cuda" else None
+        # inputs are cast by the family's forward, which keeps the timestep in float32
+        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        whole = together == world
+        sizes, names = ((world,), ("shard",)) if whole else ((world // together, together), ("replicate", "shard"))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(network, mesh=mesh, mp_policy=policy)
+
     def reset(self, network):
         """Give a network of `load_network` the teacher's weights (again); heads on it stay as they are."""
+        if isinstance(network, Adapted):
+            reshard(network)
+            return network.start()
         for part in self.family.parts:
             put_weights(network, self.folder / part, part)
 
@@ -135,10 +162,7 @@ class Model:
 
 
 def put_weights(network, folder, part="transformer"):
-    """Fill part of a sharded network, in place, with the safetensors of a transformer's folder in the diffusers layout.
-
-    A LoRA on it starts as no change: its first half as nn.Linear's weights do, its second half zero.
-    """
+    """Fill part of a sharded network in place with the safetensors of a diffusers folder of a transformer."""
     reshard(network)
     state = network.get_submodule(part).state_dict()
     weights = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
@@ -149,31 +173,6 @@ def put_weights(network, folder, part="transformer"):
         dcp.load(weights, storage_reader=reader)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
         raise Fatal(f"cannot read the weights in {folder}: {str(error).strip().splitlines()[-1]}") from None
-    generator, lora = torch.Generator().manual_seed(0), {}
-    for key, parameter in state.items():
-        if ".lora_" in key:
-            bound = parameter.shape[1] ** -0.5 if ".lora_A." in key else 0
-            lora[key] = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.dtype)
-    many = dist.get_world_size() > 1
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
-    if lora:
-        set_model_state_dict(network.get_submodule(part), lora, options=options)
-
-
-def shard(network, device):
-    """FSDP2, in place: every one of `network.blocks` is a unit, the rest is the root's. Returns the network.
-
-    A single process on the CPU has nothing to shard.
-    """
-    if device.type == "cpu" and dist.get_world_size() == 1:
-        return network
-    bf16 = torch.bfloat16 if device.type == "cuda" else None
-    # inputs are cast by the family's forward, which keeps the timestep in float32
-    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def reshard(network):

@@ -68,7 +68,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     "wan2.1-14b": {"shift": 5.0, "lr": 4e-6, "fake_score_lr": 4e-6, "grad_accum": 4},  # CoDMD's 14B config
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 2000, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 1.0, "gradient_checkpointing": False,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 1.0, "gradient_checkpointing": 0,
         "regression_weight": 0.02, "num_samples": 512, "pair_steps": 12,  # .25 blurs, see docs/dmd.md
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
@@ -155,15 +155,15 @@ def flow_loss(v, x0, noise):
 def main(args):
     # setup
     run = Run(__file__, args)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
-    teacher = model.load_network(trained=False, device=run.device)
-    student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
-    fake_score = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, dtype=torch.float32) if args.ema_decay else student
+    teacher = model.load_network("teacher", run.device, adapters=args.adapters)
+    student = model.load_network("student", run.device, base=teacher)
+    fake_score = model.load_network("fake_score", run.device, base=teacher)
+    ema = model.load_network("ema", run.device, base=teacher) if args.ema_decay else student
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)

@@ -43,10 +43,6 @@ class Args(RunArgs):
     """Learning rate of the student."""
     fake_score_lr: Annotated[float, Ge(0)]
     """Learning rate of the fake score and the discriminator."""
-    lora_rank: Annotated[int, Ge(0)]
-    """Rank of the experts' LoRA on attention and feed-forward layers; 0 trains all weights."""
-    lora_alpha: Annotated[float, Ge(1e-6)] = 8.0
-    """LoRA's alpha: its update is scaled by alpha / rank."""
     ema_decay: Annotated[float, Ge(0), Le(1)]
     """Decay of the averaged student, which is what previews and exports show; 0 keeps no average."""
 
@@ -87,7 +83,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     "qwen-image": {"shift": 3.0, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0)},  # the paper's
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": False,
+        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
         "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0), "discriminator_blocks": (1, 3),
         "lora_rank": 0, "ema_decay": 0.0, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
@@ -242,30 +238,29 @@ def flow_loss(v, x_s, noise, sigma, s):
 def main(args):
     # setup
     run = Run(__file__, args)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
     check(args, model)
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
 
-    teacher = model.load_network(trained=False, device=run.device)
-    lora = {"lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha}
-    student = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing, **lora)
-    fake_score = model.load_network(True, run.device, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, dtype=torch.float32, **lora) if args.ema_decay else student
+    teacher = model.load_network("teacher", run.device, adapters=args.adapters)
+    student = model.load_network("student", run.device, base=teacher)
+    fake_score = model.load_network("fake_score", run.device, base=teacher)
+    ema = model.load_network("ema", run.device, base=teacher) if args.ema_decay else student
     from_data = args.student_input == "data"
     read = args.discriminator_blocks if args.gan_weight else ()
     if args.gan_weight:
         torch.manual_seed(args.seed)
-        fake_score.heads = common.shard(Heads(fake_score.width, read).to(run.device), run.device)
+        fake_score.heads = model.shard(Heads(fake_score.width, read).to(run.device), run.device)
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
-    student_optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=args.lr, **adamw)
+    student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
     phases = len(args.phase_ends)
     finished = max(run.step - 1, 0) * phases // args.steps  # by the checkpoint to resume from
-    experts = [model.load_network(False, run.device, dtype=torch.float32, **lora) for _ in range(finished)]
+    experts = [model.load_network(f"expert_{i}", run.device, base=teacher) for i in range(finished)]
     networks |= {f"expert_{i}": expert for i, expert in enumerate(experts)}
 
     settings = (args.guidance_scale, args.shift, args.teacher_steps)
@@ -296,9 +291,10 @@ def main(args):
         # next phase: freeze the expert; student and fake score begin at the teacher again
         phase = step * phases // args.steps
         if phase > len(experts):
-            experts.append(model.load_network(False, run.device, dtype=torch.float32, **lora))
+            name = f"expert_{len(experts)}"
+            experts.append(model.load_network(name, run.device, base=teacher))
             common.ema_update(experts[-1], ema, decay=0)
-            networks[f"expert_{len(experts) - 1}"] = experts[-1]
+            networks[name] = experts[-1]
             for network in (student, fake_score, ema):
                 model.reset(network)
             student_optimizer.state.clear()

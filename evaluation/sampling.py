@@ -110,7 +110,7 @@ def sampler(source, model, cache, device):
         students = students_of(model, device, source.script, args, source.checkpoint, source.raw)
         students[0].kept_frames = source.kept_frames
         return partial(source.script.sample_student, students, shape=shape, args=args)
-    teacher = model.load_network(False, device)
+    teacher = model.load_network("teacher", device)
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     settings = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
     return lambda rng, cond: dmd2.solve_ode(teacher, rng.normal(shape), cond, *settings)

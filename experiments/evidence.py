@@ -240,7 +240,7 @@ def main(args):
     captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
     images = tiny.batch(1, range(10**9, 10**9 + len(tiny.CAPTIONS)), tiny.CAPTIONS)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
-    vae, teacher = model.load_vae(device), model.load_network(False, device)
+    vae, teacher = model.load_vae(device), model.load_network("teacher", device)
     # numbers that no training reaches
     reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
     count = len(tiny.CAPTIONS) * args.seeds

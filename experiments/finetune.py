@@ -35,8 +35,8 @@ def main(args):
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     if not data.has_clips:
         raise Fatal("this trains on clips, and prompts are not: pass --data FOLDER (latent shards)")
-    student = model.load_network(True, run.device, args.frame_block, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, args.frame_block, dtype=torch.float32)
+    student = model.load_network("student", run.device, args.frame_block)
+    ema = model.load_network("ema", run.device, args.frame_block)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
     networks, optimizers = {"student": student, "ema": ema}, {"student": optimizer}
     run.restore(networks, optimizers)

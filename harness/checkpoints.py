@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import common
+from families.adapters import Adapted
 from harness.files import Fatal, read_json
 
 # of an optimizer one value per parameter, by its name: safetensors hold nothing but tensors
@@ -133,6 +134,10 @@ def load_init(path, networks, args):
     if is_checkpoint:
         check_checkpoint(path)
         found = load_networks(path, networks)
+    elif isinstance(student, Adapted):
+        raise Fatal(
+            f"--init: with --lora-rank the base is the teacher: name a run with that rank, not weights in {path}"
+        )
     elif all((path / part).is_dir() for part in student.parts):
         found = {"student"}
         for part in student.parts:
@@ -170,9 +175,10 @@ def load_networks(checkpoint, networks):
         if key in known and known[key].size != value.shape:
             raise Fatal(f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
         if key not in known and key.split(".")[0] in found and ".heads." not in key:
+            merged = f"pass {checkpoint / 'student' / 'transformer'}, where it is merged"
             raise Fatal(
-                f"--init {checkpoint}: it has no {key}; one of the two has a LoRA. Pass "
-                f"{checkpoint / 'student' / 'transformer'}, where it is merged"
+                f"--init {checkpoint}: it has no {key}; one of the two has a LoRA: give both the same --lora-rank and "
+                f"--fake-lora-rank, or train in full and {merged}"
             )
     dcp.load(state, storage_reader=reader)
     return found
@@ -188,18 +194,21 @@ The stock pipeline loads it and makes all frames at once, which it was not train
 """
 
 
-def save_weights(transformer, folder):
-    """Write a transformer in the diffusers layout: config.json and safetensors. A LoRA is added to its layers."""
+def save_weights(network, part, folder):
+    """Write a transformer of a network in the diffusers layout: config.json and safetensors. A LoRA is merged."""
+    transformer, lora = getattr(network, part), getattr(network, "adapter_name", None)
     weights = get_model_state_dict(transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank():
         return
-    for name, module in transformer.named_modules():
-        if hasattr(module, "lora_A"):
-            down, up = (weights.pop(f"{name}.lora_{half}.default.weight") for half in "AB")
-            weights[f"{name}.weight"] = weights.pop(f"{name}.base_layer.weight") + module.scaling["default"] * up @ down
-            if f"{name}.base_layer.bias" in weights:
-                weights[f"{name}.bias"] = weights.pop(f"{name}.base_layer.bias")
     with init_empty_weights(include_buffers=False):
         whole = type(transformer).from_config(transformer.config)
+        if lora:
+            whole.add_adapter(transformer.peft_config[lora], lora)
+    if lora:  # copies, as merging is in place, and in float32; of several LoRAs this one
+        own = whole.state_dict().keys()
+        weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items() if key in own}
     whole.load_state_dict(weights, assign=True)
+    if lora:
+        whole.fuse_lora(adapter_names=[lora])
+        whole.unload_lora()
     whole.save_pretrained(folder)

@@ -80,12 +80,12 @@ def students_of(model, device, script, args, checkpoint, raw):
     groups = [[folder] for folder in folders] if hasattr(args, "phase_ends") else [folders]  # a network each
     block = getattr(args, "frame_block", 0)
     for group in groups[:-1] if raw else groups:
-        students.append(model.load_network(False, device, block))
+        students.append(model.load_network("teacher", device, block))
         for folder in group:
             own = folder.name if folder.name in model.family.parts else "transformer"
             common.put_weights(students[-1], folder, own)
     if raw:
-        lora = {name: value for name, value in vars(args).items() if name in ("lora_rank", "lora_alpha")}
-        students.append(model.load_network(False, device, block, **lora))
+        base = model.load_network("teacher", device, block, adapters=args.adapters)
+        students.append(model.load_network("student", device, block, base=base))
         load_networks(checkpoint, {"student": students[-1]})
     return students

@@ -73,10 +73,37 @@ class RunArgs:
     """Samples that the teacher makes where a method needs pairs or clips and none are given."""
     max_hours: Annotated[float, Ge(0)] = 4.0
     """Make no samples of the teacher (pairs, or clips where --data is not given) that would take longer than this."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: far less memory for a third more compute."""
+    lora_rank: Annotated[int, Ge(0)] = 0
+    """Rank of the student's LoRA on the teacher's attention and feed-forward layers; 0 trains a copy of all weights."""
+    fake_lora_rank: Annotated[int, Ge(0)] = 0
+    """The same of the fake score."""
+    lora_alpha: Annotated[float, Ge(1e-6)] = 8.0
+    """LoRA's alpha: its update is scaled by alpha / rank."""
+    gradient_checkpointing: Annotated[int, Ge(0)] = 1
+    """Recompute the activations of every n-th block in the backward pass: less memory for more compute. 0: of none."""
+    compile: bool = False
+    """Compile the transformers' blocks (torch.compile): the first steps take minutes, the others are faster."""
+    attention: str | None = None
+    """Attention backend of diffusers (native, flash, sage, …) instead of PyTorch's own choice."""
+    shard_size: Annotated[int, Ge(0)] = 0
+    """GPUs that share a copy of each network (HSDP), for several machines; 0: all of them share one."""
     track: bool = False
     """Log to Weights & Biases too, if it is installed."""
+
+    @property
+    def compute(self):
+        """Flags that change time and memory, as common.Model takes them."""
+        names = ("gradient_checkpointing", "compile", "attention", "shard_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def adapters(self):
+        """{role: (rank, alpha)} of the networks that are a LoRA on the teacher."""
+        if self.lora_rank and getattr(self, "frame_block", 0):
+            raise Fatal("--lora-rank goes without --frame-block: a causal student is no LoRA on this teacher")
+        like_the_student = ("student", "ema", *(f"expert_{i}" for i in range(len(getattr(self, "phase_ends", ())) - 1)))
+        ranks = dict.fromkeys(like_the_student, self.lora_rank) | {"fake_score": self.fake_lora_rank}
+        return {role: (rank, self.lora_alpha) for role, rank in ranks.items() if rank}
 
 
 def check_flags(args):

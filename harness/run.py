@@ -182,8 +182,7 @@ class Run:
             phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
             for i in range(len(students) if phased else len(students[0].parts)):
                 student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
-                own = student.get_submodule(part if part in student.parts else "transformer")
-                save_weights(own, aside / "student" / part)
+                save_weights(student, part if part in student.parts else "transformer", aside / "student" / part)
             if self.rank == 0:
                 (aside / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
                 if self.args.get("frame_block"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import common
@@ -45,7 +46,8 @@ def popen(processes=1, script=dmd, **flags):
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = []
     for name, value in small(script, flags).items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        flag = name.replace("_", "-")
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", *([] if value is True else [str(value)])]
     return subprocess.Popen(
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -75,6 +77,16 @@ def student_weights(runs_dir, step, script=dmd):
     """Weights of the exported (averaged) student."""
     folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "student" / "transformer"
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def state_of(runs_dir, step, script=dmd):
+    """All that a checkpoint holds of networks and optimizers, whole, by its name."""
+    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "state"
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def same(a, b):

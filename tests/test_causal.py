@@ -229,7 +229,7 @@ def test_two_ranks_are_one(tmp_path):
     for script in (dmd2, dfd, codmd):
         more = {"init": None} if script is dfd else {}
         more |= {"relation_weight": 1.0, "sample_relation": 1.0} if script is codmd else {}
-        flags = {"steps": 3, "save_every": 3, "preview_every": 0, "gradient_checkpointing": True, **FLAGS, **more}
+        flags = {"steps": 3, "save_every": 3, "preview_every": 0, "gradient_checkpointing": 1, **FLAGS, **more}
         flags["student_every"] = 1
         script.main(small_args(script, runs_dir=tmp_path / "one", batch_size=2, **flags))
         args = small_args(script, runs_dir=str(tmp_path / "two"), batch_size=1, **flags)

@@ -83,7 +83,7 @@ def test_pairs_are_the_teachers_own(tmp_path):
     run = SimpleNamespace(device=device, cache=tmp_path, max_hours=1.0)
     data = common.load_data(model, None, None, tmp_path, device, 0)
     null_cond = common.encode_text(model, [""], tmp_path, device).cond_of([0])
-    teacher = model.load_network(False, device)
+    teacher = model.load_network("teacher", device)
     solve = lambda noise, cond: dmd.solve_ode(teacher, noise, cond, null_cond, 2.0, 1.0, 2)
     pairs = teacher_samples(run, data, solve, 3, 2, (2.0, 1.0, 2))
     assert pairs.prompts == [data.prompt(number) for number in range(3)]
@@ -133,7 +133,7 @@ def test_few_of_many_shards_are_open(tmp_path):
 
 def test_a_bf16_teacher_keeps_its_rotary_tables_in_float32():
     model = common.Model("tiny", 9, 32, 32)
-    networks = [model.load_network(False, CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    networks = [model.load_network("teacher", CPU, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     low, high = (dict(network.named_buffers()) for network in networks)
     assert low and all(torch.equal(low[name], high[name]) and low[name].dtype == torch.float32 for name in high)
     assert {p.dtype for p in networks[0].parameters()} == {torch.bfloat16}

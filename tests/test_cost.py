@@ -15,7 +15,6 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families.wan import Wan
 from tests.conftest import small_args
 from tools import cost
 
@@ -30,31 +29,37 @@ class Counts:
 
     def __init__(self, monkeypatch):
         self.loaded, self.samples, self.alive, self.graphs = [], Counter(), 0, 0
-        load, forward = common.Model.load_network, Wan.forward
-        # in every script's order; what is loaded later is the average, which is only sampled from, and frozen experts
-        roles = ["teacher", "student", "fake_score"]
+        self.hooked, self.role = set(), None
+        load = common.Model.load_network
 
-        def load_network(*args, **kwargs):
-            network = load(*args, **kwargs)
-            role = roles[len(self.loaded)] if len(self.loaded) < len(roles) else "student"
-            network.forward = lambda x_t, *rest, **named: counted(network, role, x_t, *rest, **named)
-            network.blocks[0].register_forward_hook(differentiated)
+        def load_network(model, role, *args, **kwargs):
+            network = load(model, role, *args, **kwargs)
+            forward, role = network.forward, role if role in ("teacher", "fake_score") else "student"
+            network.forward = lambda x_t, *rest, **named: counted(forward, role, x_t, *rest, **named)
+            if network.blocks[0] not in self.hooked:  # which LoRAs on one base share
+                network.blocks[0].register_forward_hook(differentiated)
+            self.hooked.add(network.blocks[0])
             self.loaded.append(network)
             return network
 
-        def counted(network, role, x_t, *rest, **named):
+        def counted(forward, role, x_t, *rest, **named):
+            if self.role:  # the base, called by one of its LoRAs
+                return forward(x_t, *rest, **named)
             self.samples[role] += len(x_t)
-            return forward(network, x_t, *rest, **named)
+            self.role = role
+            out = forward(x_t, *rest, **named)
+            self.role = None
+            return out
 
         def differentiated(block, inputs, out):
             if out.requires_grad:
                 self.alive += 1
                 self.graphs = max(self.graphs, self.alive)
-                out.register_hook(lambda gradient: finished(len(gradient)))
+                out.register_hook(lambda gradient, role=self.role: finished(role, len(gradient)))
 
-        def finished(samples):
+        def finished(role, samples):
             self.alive -= 1
-            self.samples["backwards"] += samples
+            self.samples[f"{role}_backwards"] += samples
 
         monkeypatch.setattr(common.Model, "load_network", load_network)
 
@@ -75,6 +80,7 @@ UNEQUAL = {"phase_ends": (0.5, 0.0), "student_sigmas": (1.0, 0.9, 0.75, 0.5)}  #
         (dfd, {"student_input": "simulate", "gan_weight": 0.1, "data_prob": 0.0}),
         (codmd, {}),
         (phased_dmd, {}),
+        (dmd2, {"lora_rank": 2, "fake_lora_rank": 3}),
         (phased_dmd, {"gan_weight": 0.1, "lora_rank": 2, "ema_decay": 0.9}),
         (phased_dmd, UNEQUAL),
         (phased_dmd, {"student_input": "data", **UNEQUAL}),
@@ -103,7 +109,7 @@ def test_the_table_is_what_a_run_runs(tmp_path, monkeypatch, script, flags):
     method = cost.METHODS[script.__name__](script_args)
     student, fake_score = method.student_update, method.fake_score_update
     samples = steps * script_args.batch_size * script_args.grad_accum
-    for name in ("student", "fake_score", "teacher", "backwards"):
+    for name in student._fields:
         expected = samples * (getattr(fake_score, name) + getattr(student, name) / script_args.student_every)
         assert counts.samples[name] == expected, name
     assert (counts.graphs, counts.alive) == (method.graphs, 0)
@@ -127,7 +133,7 @@ def test_the_real_model_without_its_files(capsys, monkeypatch):
 def test_activations_are_what_autograd_keeps(capsys):
     """Of one forward, against the tensors that a bf16 network on the CPU keeps for its backward."""
     model, saved = common.Model("tiny", 9, 32, 32), {}
-    network = model.load_network(True, torch.device("cpu"), dtype=torch.bfloat16)
+    network = model.load_network("student", torch.device("cpu"), dtype=torch.bfloat16)
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
 
     def keep(tensor):
@@ -169,14 +175,25 @@ def test_hours_are_those_of_all_steps_and_of_the_teachers_samples(capsys, script
     assert "more than --max-hours 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("checkpointing", "backward"), [(False, 2), (True, 3)])
-def test_flops_of_a_step(capsys, checkpointing, backward):
-    """dmd.py's 7 forwards, 3 of them differentiated, of 4 x 2 samples on 3 GPUs."""
-    costs(dmd, batch_size=4, grad_accum=2, gpus=3, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("flags", "backwards"),
+    [
+        ({"gradient_checkpointing": 0}, 3 * 2),
+        ({"gradient_checkpointing": 1}, 3 * 3),
+        ({"gradient_checkpointing": 2}, 3 * 2.5),  # of four blocks two run again
+        ({"gradient_checkpointing": 3}, 3 * 2.5),  # the first and the last
+        ({"gradient_checkpointing": 0, "lora_rank": 4}, 2 * 1 + 2),
+        ({"gradient_checkpointing": 1, "lora_rank": 4, "fake_lora_rank": 4}, 3 * 2),
+    ],
+)
+def test_flops_of_a_step(capsys, flags, backwards):
+    """dmd.py's 7 forwards, 3 of them differentiated, two of the student and one of the fake score, of 4 x 2 samples on
+    3 GPUs."""
+    costs(dmd, batch_size=4, grad_accum=2, gpus=3, **flags)
     out = capsys.readouterr().out
     figures = re.search(r"FLOPs per step +(\S+), (\S+) per GPU; (\S+) a forward", out).groups()
     step, each, forward = (float(figure) for figure in figures)
-    assert step == pytest.approx(24 * (7 + 3 * backward) * forward, rel=0.02)
+    assert step == pytest.approx(24 * (7 + backwards) * forward, rel=0.02)
     assert each == pytest.approx(step / 3, rel=0.01)
 
 
@@ -213,10 +230,38 @@ def test_memory_of_a_lora_and_of_frozen_experts(capsys):
     out, low = printed(lora_rank=64)
     # 30 blocks: 8 attention layers of 1536 x 1536, 2 of 1536 x 8960
     lora = 64 * 30 * (8 * 2 * 1536 + 2 * (1536 + 8960))
-    assert f"{lora / 1e6:.1f} M of LoRA" in out
-    change = [12 * lora, 4 * (lora - million), 8 * (lora - million)]
+    assert f"student {lora / 1e6:.1f} M of LoRA, fake score in full" in out
+    change = [12 * (lora - million), 4 * (lora - million), 8 * (lora - million)]
     assert (low - full).tolist() == pytest.approx(change, rel=1e-3, abs=2e6)
     assert (full - printed(lora_rank=0, phase_ends=(0.0,))[1])[0].item() == pytest.approx(4 * million, rel=1e-3)
+    # with both of them a LoRA the base is there once
+    _, both = printed(lora_rank=64, fake_lora_rank=64)
+    assert both.tolist() == pytest.approx([2 * million + 16 * lora, 8 * lora, 16 * lora], rel=1e-3, abs=2e6)
+
+
+def test_memory_of_recomputed_blocks_and_of_shards(capsys, fails):
+    """Thirty blocks: what is kept of a block at 32,760 tokens, and its input of 1,536 bf16 numbers a token."""
+
+    def printed(name, **flags):
+        costs(dmd2, teacher="wan2.1-1.3b", gpus=8, gan_weight=0.0, **flags)
+        return float(capsys.readouterr().out.split(f"  {name} ")[1].split()[0]) * 1024**3
+
+    none, all_, half = (printed("activations", gradient_checkpointing=every) for every in (0, 1, 2))
+    kept = 32760 * 1536 * 2
+    assert all_ == pytest.approx(30 * kept + none / 30, rel=1e-3)
+    assert half == pytest.approx(15 * kept + 16 * none / 30, rel=1e-3)
+    assert printed("weights", shard_size=2) == pytest.approx(4 * printed("weights"), rel=1e-3)
+    fails(lambda: printed("weights", shard_size=3), "--shard-size must divide the 8 GPUs, got 3")
+
+
+def test_the_tables_name_every_teacher_and_the_flags_that_fit(capsys, monkeypatch):
+    monkeypatch.setattr(cost, "PRESETS", {name: cost.PRESETS[name] for name in ("wan2.1-1.3b", "wan2.1-14b")})
+    cost.table()
+    first, second = capsys.readouterr().out.strip().split("\n\n")
+    assert [row.split("`")[1] for row in first.splitlines()[2:]] == ["wan2.1-1.3b", "wan2.1-14b"]
+    small, large = (row.split(" | ")[1:] for row in second.splitlines()[2:])
+    print(small, large)
+    assert small[2].startswith("in full") and large[0] == "no"
 
 
 def test_flags_are_the_scripts_and_are_checked(monkeypatch, fails):

@@ -11,7 +11,7 @@ import dfd
 import dmd
 import dmd2
 from harness.finished import load_run, students_of
-from tests.conftest import ROOT, distance, only_run, popen, same, small_args, stopped, student_weights
+from tests.conftest import ROOT, distance, only_run, popen, same, small_args, state_of, stopped, student_weights
 from tests.exact import COND, Gaussian, Whole, draws
 
 SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
@@ -79,7 +79,7 @@ def test_gan_losses():
 
 def test_the_discriminator_reads_what_a_forward_returns_and_can_learn():
     device, model, read = common.init_distributed(), common.Model("tiny", 9, 32, 32), (3, 1)
-    network = model.load_network(True, device)
+    network = model.load_network("student", device)
     torch.manual_seed(0)
     network.heads = dmd2.Heads(network.width, read)
     sigma, cond = torch.tensor([0.3, 0.9]), {"text": torch.zeros(2, model.text_length, model.text_dim)}
@@ -111,12 +111,12 @@ def test_the_discriminator_reads_what_a_forward_returns_and_can_learn():
     assert losses[-1] < 0.5 < 1.2 < losses[0]
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [1, 2])
 def test_features_carry_the_same_gradient_when_activations_are_recomputed(gradient_checkpointing):
-    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
-    gradients = []
-    for flag in (False, gradient_checkpointing):
-        network = model.load_network(True, device, gradient_checkpointing=flag).train()
+    device, gradients = common.init_distributed(), []
+    for every in (0, gradient_checkpointing):
+        model = common.Model("tiny", 9, 32, 32, {"gradient_checkpointing": every})
+        network = model.load_network("student", device).train()
         x_t = torch.ones(1, *model.latent_shape)
         cond = {"text": torch.ones(1, model.text_length, model.text_dim)}
         _, features = network(x_t, torch.tensor([0.5]), cond, read=(1, 3))
@@ -197,11 +197,6 @@ def test_two_ranks_match_one(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- init
-
-
-def state_of(runs_dir, step, script):
-    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "state"
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def part(state, name):

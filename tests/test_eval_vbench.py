@@ -349,7 +349,7 @@ def test_the_sample_is_the_students(whole, run):
     row = rows[3]
     device = common.init_distributed()
     model = common.Model("tiny", 9, 32, 32)
-    student = model.load_network(False, device)
+    student = model.load_network("teacher", device)
     (checkpoint,) = (run / "checkpoints").iterdir()
     common.put_weights(student, checkpoint / "student" / "transformer")
     text = common.encode_text(model, [row["prompt"]], str(run.parent / "cache"), device).cond_of([0])

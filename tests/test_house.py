@@ -33,8 +33,8 @@ LONGEST = {
 }
 # what a user starts, beside the scripts: these, and what stands in these rooms itself; all else is a library
 PROGRAMS, PROGRAM_ROOMS = {"eval_vbench", "tiny.train", "prompts.compose", "docs.diffs"}, ("tools", "experiments")
-FAMILY, READ, REACHED = 110, 870, 2176
-NO_FAMILY = {"classes", "folders", "images", "latents", "presets", "text"}
+FAMILY, READ, REACHED = 110, 870, 2295  # 1,400 is wanted, see issue 16
+NO_FAMILY = {"adapters", "classes", "compute", "folders", "images", "latents", "presets", "text"}
 
 
 @cache

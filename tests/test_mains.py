@@ -71,7 +71,7 @@ class Watch:
         def watched_step(optimizer):
             (name,) = [name for name, other in self.optimizers.items() if other is optimizer]
             before, network = self.states(), self.networks[name]
-            gradients = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+            gradients = {stock_key(k): p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
             adamw(optimizer)
             self.updates.append(Update(name, before, gradients, state(network)))
 
@@ -102,7 +102,13 @@ class Watch:
 
 
 def state(network):
-    return {key.removeprefix("transformer."): value.clone() for key, value in network.state_dict().items()}
+    return {stock_key(key): value.clone() for key, value in network.state_dict().items()}
+
+
+def stock_key(key):
+    """What a stock transformer, with one LoRA on it or none, calls this parameter of a run's network."""
+    key = key.removeprefix("transformer.")
+    return f"{key.removeprefix('lora.transformer/').replace('/', '.')}.default.weight" if "lora_" in key else key
 
 
 @torch.no_grad()
@@ -133,17 +139,20 @@ def score_time(u, shift, end=0.0, top=1.0):
 class Network:
     """A stock transformer with given weights, and the discriminator's heads beside it."""
 
-    def __init__(self, lora=None):
+    def __init__(self, rank=0, alpha=None):
         self.net = WanTransformer3DModel.from_pretrained(TINY, subfolder="transformer")
-        if lora:
+        if rank:
             layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-            self.net.add_adapter(LoraConfig(r=lora[0], lora_alpha=lora[1], target_modules=layers))
-        self.heads, self.features = {}, {}
+            self.net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
+        self.rank, self.heads, self.features = rank, {}, {}
         for i, block in enumerate(self.net.blocks):
             block.register_forward_hook(lambda block, args, out, i=i: self.features.update({i: out}))
 
     def fill(self, weights):
-        self.net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("heads.")})
+        """Of a LoRA's network the weights are the LoRA's alone: its base is the teacher, always."""
+        own = {k: v for k, v in weights.items() if not k.startswith("heads.")}
+        assert own.keys() == {k for k in self.net.state_dict() if ".lora_" in k or not self.rank}
+        self.net.load_state_dict(own, strict=not self.rank)
         self.heads = {k: v.clone().requires_grad_() for k, v in weights.items() if k.startswith("heads.")}
         self.net.zero_grad()
         return self
@@ -163,9 +172,9 @@ class Network:
             out.append(F.linear(F.silu(F.linear(h, w["1.weight"], w["1.bias"])), w["3.weight"], w["3.bias"]))
         return torch.cat(out, dim=-1)
 
-    def gradients(self, trained):
-        every = dict(self.net.named_parameters()) | self.heads
-        return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in every.items() if trained(k)}
+    def gradients(self):
+        every = {k: p for k, p in self.net.named_parameters() if ".lora_" in k or not self.rank} | self.heads
+        return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in every.items()}
 
 
 class Reference:
@@ -177,10 +186,8 @@ class Reference:
         self.shape = self.model.latent_shape
         self.data = common.load_data(self.model, None, None, cache, CPU, args.seed)
         self.null = common.encode_text(self.model, [""], cache, CPU).cond_of([0])["text"]
-        lora = (args.lora_rank, args.lora_alpha) if getattr(args, "lora_rank", 0) else None
-        self.trained = (lambda key: ".lora_" in key) if lora else (lambda key: True)
-        self.teacher, self.fake_score = Network(), Network()
-        self.student = Network(lora)
+        self.teacher, self.fake_score = Network(), Network(args.fake_lora_rank, args.lora_alpha)
+        self.student = Network(args.lora_rank, args.lora_alpha)
         self.exits = set()
 
     def guided(self, x_t, sigma, text):
@@ -361,8 +368,7 @@ def ablated(args, name):
 class PhasedDMD(Reference):
     def __init__(self, args, cache):
         super().__init__(args, cache)
-        lora = (args.lora_rank, args.lora_alpha) if args.lora_rank else None
-        self.experts = [Network(lora) for _ in args.phase_ends]
+        self.experts = [Network(args.lora_rank, args.lora_alpha) for _ in args.phase_ends]
 
     def phase(self, step):
         return step * len(self.args.phase_ends) // self.args.steps
@@ -508,11 +514,10 @@ def check(watch, reference, tmp_path, script):
             for i in range(reference.phase(step)):
                 reference.experts[i].fill(update.before[f"expert_{i}"])
             getattr(reference, f"{name}_update")(step, figures)
-            trained = reference.trained if name == "student" else lambda key: True
-            wanted = getattr(reference, name).gradients(trained)
+            wanted = getattr(reference, name).gradients()
             norm = torch.stack([g.norm() for g in wanted.values()]).norm().item()
             figures[f"grad_norm/{name}"] = norm
-            got = {k.removeprefix("transformer."): v for k, v in update.gradients.items()}
+            got = update.gradients
             close(got, {k: min(1.0, args.max_grad_norm / norm) * g for k, g in wanted.items()})
             lr = args.lr if name == "student" else args.fake_score_lr
             check_adamw(update, got, lr * (reference.rate(step) if args.anneal_lr else 1), args, moments)
@@ -537,7 +542,7 @@ def check(watch, reference, tmp_path, script):
     owners.append(final["ema"] if args.ema_decay else final["student"])
     assert len(exported) == len(owners)
     for weights, owner in zip(exported, owners):
-        if not getattr(args, "lora_rank", 0):  # merged, see test_phased_dmd.py
+        if not args.lora_rank:  # merged, see test_adapters.py
             close(weights, owner, 0)
 
 
@@ -570,8 +575,14 @@ def test_dmd(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"student_input": "data", "anneal_lr": False}, {"gan_weight": 0.0, "max_grad_norm": 100.0}],
-    ids=["gan", "data", "plain"],
+    [
+        {},
+        {"student_input": "data", "anneal_lr": False},
+        {"gan_weight": 0.0, "max_grad_norm": 100.0},
+        {"lora_rank": 2, "fake_lora_rank": 3, "lora_alpha": 3.0},
+        {"gan_weight": 0.0, "fake_lora_rank": 2},
+    ],
+    ids=["gan", "data", "plain", "loras", "fake score's lora"],
 )
 def test_dmd2(tmp_path, monkeypatch, flags):
     _, reference = compare(tmp_path, monkeypatch, dmd2, Reference, **{**FEW_STEPS, **flags})
@@ -616,7 +627,8 @@ def test_phased_dmd(tmp_path, monkeypatch, flags):
     first = 6 + 3  # updates of the first phase
     names = {"student", "fake_score"} | ({"ema"} if reference.args.ema_decay else set())
     assert {(name, count) for name, count, _ in watch.resets} == {(name, first) for name in names}
-    for _, _, weights in watch.resets:
-        plain = {k.replace(".base_layer.", "."): v for k, v in weights.items()}
-        assert all(torch.equal(plain[key], value) for key, value in teacher.items())
-        assert all(v.abs().sum() == 0 for k, v in plain.items() if ".lora_B." in k)
+    for name, _, weights in watch.resets:
+        if reference.args.lora_rank and name != "fake_score":
+            assert all(v.abs().sum() == 0 for k, v in weights.items() if ".lora_B." in k)
+        else:
+            assert all(torch.equal(weights[key], value) for key, value in teacher.items())

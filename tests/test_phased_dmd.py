@@ -260,7 +260,8 @@ def test_raw_samples_the_lora_itself(tmp_path):
             script.sample_student(students, draws("raw", 1), cond, model.latent_shape, args)
             for students in (students_of(model, device, script, args, checkpoint, raw) for raw in (True, False))
         )
-        lora = model.load_network(False, device, lora_rank=2, lora_alpha=args.lora_alpha)
+        base = model.load_network("teacher", device, adapters=args.adapters)
+        lora = model.load_network("student", device, base=base)
         own = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
         lora.load_state_dict(own)
         wanted, _ = phased_dmd.rollout(
@@ -339,21 +340,22 @@ def test_lora_trains_a_few_matrices_and_is_merged_for_export(tmp_path):
     assert student.keys() == teacher.keys()
     assert changed == {k for k in teacher if k.endswith("weight") and any(f".{n}." in k for n in Wan.lora_layers)}
     key = "blocks.1.attn1.to_q"
-    down, up = (state[f"student.transformer.{key}.lora_{half}.default.weight"] for half in "AB")
+    down, up = (state[f"student.lora.transformer/{key.replace('.', '/')}/lora_{half}"] for half in "AB")
     assert down.shape == (2, 96) and up.shape == (96, 2)
     torch.testing.assert_close(student[f"{key}.weight"], teacher[f"{key}.weight"] + 4.0 / 2 * up @ down)
     trained = {k.split(".exp_avg")[0] for k in state if k.startswith("student_optimizer.") and "exp_avg_sq" in k}
-    assert trained and all(".lora_" in k for k in trained)
+    assert trained and all("/lora_" in k for k in trained)
 
 
 def test_a_lora_starts_as_no_change_and_as_wide_as_a_linear_layer():
     """nn.Linear draws its weights evenly from +-1 / sqrt(inputs), and so does the LoRA's first half."""
-    network = common.Model("tiny", 9, 32, 32).load_network(True, torch.device("cpu"), lora_rank=16)
-    weights = dict(network.named_parameters())
-    down = {k: v for k, v in weights.items() if ".lora_A." in k}
+    model, device = common.Model("tiny", 9, 32, 32), torch.device("cpu")
+    base = model.load_network("teacher", device, adapters={"student": (16, 8.0)})
+    weights = dict(model.load_network("student", device, base=base).named_parameters())
+    down = {k: v for k, v in weights.items() if "lora_A" in k}
     assert down and all(0.98 < v.detach().abs().max() * v.shape[1] ** 0.5 <= 1 for v in down.values())
     assert all(v.detach().std() * v.shape[1] ** 0.5 == pytest.approx(3**-0.5, rel=0.05) for v in down.values())
-    assert all((v == 0).all() for k, v in weights.items() if ".lora_B." in k)
+    assert all((v == 0).all() for k, v in weights.items() if "lora_B" in k)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

@@ -1,14 +1,15 @@
 """What a training script costs: parameters, memory per GPU, FLOPs and hours, and on which cards it fits.
 
     python tools/cost.py dmd2 --teacher wan2.1-1.3b --gpus 8
-    python tools/cost.py phased_dmd --teacher wan2.1-14b --gpus 16 --lora-rank 0
-    python tools/cost.py all                                      # a table of all names, in Markdown
+    python tools/cost.py dmd2 --teacher wan2.1-14b --gpus 8 --lora-rank 64 --fake-lora-rank 64
+    python tools/cost.py all                                      # two tables of all names, in Markdown
 
 Every flag of the script counts as it does there. All figures come from shapes alone: no weights are read, and for the
-presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, and one more with gradient
-checkpointing; of two experts one runs, though a step whose noise levels need both runs both. Activations are what
-autograd saves in a differentiated forward of the bf16 network with flash attention. Not counted: the allocator's slack,
-temporary buffers, the discriminator's heads, previews, and that a LoRA's backward has fewer weights to differentiate.
+presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, that of a LoRA as one (its base has no
+gradient), and of each block whose activations are recomputed one more; of two experts one runs, though a step whose
+noise levels need both runs both. Activations are what autograd saves in a differentiated forward of the bf16 network
+with flash attention. Not counted: the allocator's slack, temporary buffers, a LoRA's own activations and FLOPs, the
+discriminator's heads and previews.
 """
 
 import math
@@ -35,16 +36,19 @@ import common  # noqa: E402
 from families.presets import PRESETS, TINY_WORLD, name_of  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
+TRAINED = common.TRAINED
+
 
 class Update(NamedTuple):
-    """What an update runs for one sample: forwards of each network, and how many of all these are differentiated.
-    Guidance is two forwards of the teacher.
+    """What an update runs for one sample: forwards of each network, and how many of them are differentiated. Guidance
+    is two forwards of the teacher.
     """
 
     student: float
     fake_score: float
     teacher: float
-    backwards: int
+    student_backwards: int
+    fake_score_backwards: int
 
 
 class Method(NamedTuple):
@@ -54,14 +58,12 @@ class Method(NamedTuple):
     fake_score_update  in every step
     graphs             differentiated forwards that wait for their backward at once
     experts            frozen ones that it holds in the end
-    lora_rank          of the LoRA on student, average and experts
     """
 
     student_update: Update
     fake_score_update: Update
     graphs: int
     experts: int = 0
-    lora_rank: int = 0
 
 
 def rollout(args, phase_ends):
@@ -74,26 +76,24 @@ def rollout(args, phase_ends):
 
 def dmd(args):
     return Method(
-        student_update=Update(student=2, fake_score=1, teacher=2, backwards=2),  # with the regression's
-        fake_score_update=Update(student=1, fake_score=1, teacher=0, backwards=1),
+        student_update=Update(2, 1, 2, student_backwards=2, fake_score_backwards=0),  # with the regression's
+        fake_score_update=Update(1, 1, 0, student_backwards=0, fake_score_backwards=1),
         graphs=1,
     )
 
 
 def dmd2(args, phase_ends=(0.0,)):
     steps, gan = rollout(args, phase_ends), int(args.gan_weight > 0)
-    steps += (
-        getattr(args, "frame_block", 0) > 0
-    )  # a causal student's clean blocks; its attention costs less than counted
+    steps += getattr(args, "frame_block", 0) > 0  # its clean blocks; a causal student's attention costs less than that
     return Method(
-        student_update=Update(student=steps, fake_score=1 + gan, teacher=2, backwards=1 + gan),
-        fake_score_update=Update(student=steps, fake_score=1 + gan, teacher=0, backwards=1 + gan),
+        student_update=Update(steps, 1 + gan, 2, student_backwards=1, fake_score_backwards=gan),
+        fake_score_update=Update(steps, 1 + gan, 0, student_backwards=0, fake_score_backwards=1 + gan),
         graphs=1 + gan,
     )
 
 
 def phased_dmd(args):
-    return dmd2(args, args.phase_ends)._replace(experts=len(args.phase_ends) - 1, lora_rank=args.lora_rank)
+    return dmd2(args, args.phase_ends)._replace(experts=len(args.phase_ends) - 1)
 
 
 METHODS = {"dmd": dmd, "dmd2": dmd2, "dfd": dmd2, "codmd": dmd2, "phased_dmd": phased_dmd}
@@ -101,6 +101,8 @@ CARDS = (24, 48, 80)  # GiB
 FULL = 0.85  # of a card: the rest is for what is not counted
 RATE = 4e14  # FLOP/s that a GPU sustains: assumed, not measured
 GIB = 1024**3
+LORAS = {"lora_rank": 64, "fake_lora_rank": 64, "ema_decay": 0.0}
+WAYS = {"in full": {}, "no average": {"ema_decay": 0.0}, "LoRAs": LORAS, "LoRAs, no GAN": LORAS | {"gan_weight": 0.0}}
 
 
 def args_of(script):
@@ -178,8 +180,9 @@ def teacher_forwards(script, args):
 
 
 def figures(script, args):
-    """What a run costs, as a namespace: parameters, LoRA parameters, tokens and FLOPs of a forward; bytes of memory
-    per GPU by what they are for, and in all; samples, FLOPs and seconds of a step; hours by what they are for.
+    """What a run costs, as a namespace: parameters, those of the LoRAs by their network, tokens and FLOPs of a forward;
+    bytes of memory per GPU by what they are for, and in all; samples, FLOPs and seconds of a step; hours by what they
+    are for.
     """
     check_flags(args)
     model = describe(args.teacher, args.frames, args.height, args.width)
@@ -190,24 +193,28 @@ def figures(script, args):
     # parameters
     network, flops, activations = one_forward(model)
     activations *= len(model.family.parts)  # of two experts both, where a step's noise levels need both
-    parameters, lora = sum(p.numel() for p in network.parameters()), 0
-    updated = 2 * parameters  # by student and fake score
-    if method.lora_rank:
-        layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
-        lora = method.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
-        updated = parameters + lora
+    parameters = sum(p.numel() for p in network.parameters())
+    layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
+    a_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    roles = ["student", "fake_score", *["ema"] * (args.ema_decay > 0)]
+    roles += [f"expert_{i}" for i in range(method.experts)]
+    loras = {role: rank * a_rank for role, (rank, _) in args.adapters.items()}
+    updated = sum(loras.get(role, parameters) for role in TRAINED)
 
-    # memory: the teacher is bf16, all others are float32
-    like_the_student = 1 + (args.ema_decay > 0) + method.experts
-    weights = 2 * parameters + 4 * parameters + 4 * like_the_student * (parameters + lora)
+    # memory: the teacher, which is the base of the LoRAs, is bf16, all others are float32
+    shards = args.shard_size or gpus
+    if gpus % shards:
+        raise Fatal(f"--shard-size must divide the {gpus} GPUs, got {shards}")
+    weights = 2 * parameters + 4 * sum(loras.get(role, parameters) for role in roles)
     block = sum(p.numel() for p in network.blocks[0].parameters())
     tokens, blocks = math.prod(model.latent_shape[1:]) // math.prod(model.patch), len(network.blocks)
-    if args.gradient_checkpointing:  # the input of every block, and one block's own
-        activations = blocks * tokens * network.width * 2 + activations / blocks
+    again = -(-blocks // args.gradient_checkpointing) if args.gradient_checkpointing else 0  # blocks recomputed
+    if again:  # of each of these its input, of the others all, and one block's own
+        activations = again * tokens * network.width * 2 + (blocks - again + 1) / blocks * activations
     memory = {
-        "weights": weights / gpus,
-        "gradients": 4 * updated / gpus,
-        "optimizer": 8 * updated / gpus,
+        "weights": weights / shards,
+        "gradients": 4 * updated / shards,
+        "optimizer": 8 * updated / shards,
         "one unsharded block": 2 * 2 * block,
         "activations": method.graphs * args.batch_size * activations,
     }
@@ -218,13 +225,15 @@ def figures(script, args):
     step, rate = 0, RATE * gpus
     for update, part in ((method.student_update, 1 / args.student_every), (method.fake_score_update, 1)):
         forwards = update.student + update.fake_score + update.teacher
-        step += part * samples * flops * (forwards + (2 + args.gradient_checkpointing) * update.backwards)
+        for role, backwards in zip(TRAINED, (update.student_backwards, update.fake_score_backwards), strict=True):
+            forwards += backwards * ((1 if role in loras else 2) + again / blocks)
+        step += part * samples * flops * forwards
     hours = {
         "teacher samples": teacher_forwards(script, args) * flops / rate / 3600,
         f"all {args.steps:,} steps": args.steps * step / rate / 3600,
     }
     return SimpleNamespace(
-        model=model, gpus=gpus, parameters=parameters, lora=lora, tokens=tokens, flops=flops, memory=memory,
+        model=model, gpus=gpus, parameters=parameters, loras=loras, tokens=tokens, flops=flops, memory=memory,
         total=total, samples=samples, step=step, seconds=step / rate, hours=hours,
     )  # fmt: skip
 
@@ -236,9 +245,10 @@ def main(script, args):
     wanted = recipe.batch_size * recipe.grad_accum * planned
     accum, rest = divmod(wanted, args.batch_size * run.gpus)
 
-    copies = f"2 trained copies{f', one by {run.lora / 1e6:,.1f} M of LoRA' if run.lora else ''}"
+    kinds = [f"{run.loras[role] / 1e6:,.1f} M of LoRA" if role in run.loras else "in full" for role in TRAINED]
+    trained = f"student {kinds[0]}, fake score {kinds[1]}"
     batch = f"{args.batch_size} x {args.grad_accum} accumulated x {run.gpus} GPU{'s' * (run.gpus > 1)}"
-    print(f"teacher             {run.model.name}: {run.parameters / 1e6:,.1f} M parameters, {copies}")
+    print(f"teacher             {run.model.name}: {run.parameters / 1e6:,.1f} M parameters; trained: {trained}")
     print(f"latents             {' x '.join(map(str, run.model.latent_shape))} (c f h w), {run.tokens:,} tokens")
     print(f"batch               {batch} = {run.samples} samples a step")
     if run.samples != wanted:
@@ -261,22 +271,37 @@ def main(script, args):
 
 def table():
     """Print what all named teachers cost with each script's recipe, in Markdown: GiB per GPU on 8, and how many GPUs of
-    80 GB it takes; never if 256 are too few, for activations are not shared.
+    80 GB it takes; never if 256 are too few, for activations are not shared. Then on which cards dmd2.py fits how.
     """
     head = ["teacher", "parameters, M", "tokens", "TFLOP a forward", *(f"`{name}.py`" for name in METHODS)]
     print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
-    for teacher in (name for name in PRESETS if name not in TINY_WORLD):
+    teachers = [name for name in PRESETS if name not in TINY_WORLD]
+    for teacher in teachers:
         cells = []
         for name in METHODS:
-            script = import_module(name)
             for needed in (8, 16, 32, 64, 128, 256):
-                run = figures(script, with_recipe(args_of(script), script.RECIPES, teacher=teacher, gpus=needed))
+                run = planned(name, teacher, needed)
                 cells += [f"{run.total / GIB:.0f}"] if needed == 8 else []
                 if fits := run.total <= FULL * CARDS[-1] * GIB:
                     break
             cells[-1] += f", {needed}" if fits else ", never"
         first = [f"`{teacher}`", f"{run.parameters / 1e6:,.0f}", f"{run.tokens:,}", f"{run.flops / 1e12:,.0f}"]
         print(f"| {' | '.join([*first, *cells])} |", flush=True)
+
+    cards = [(1, card) for card in CARDS] + [(8, CARDS[-1])]
+    print(f"\n| `dmd2.py` | {' | '.join(f'{gpus} x {card} GB' for gpus, card in cards)} |\n|---|{'---|' * len(cards)}")
+    for teacher in teachers:
+        cells = []
+        for gpus, card in cards:
+            runs = ((how, planned("dmd2", teacher, gpus, **flags)) for how, flags in WAYS.items())
+            fitting = (f"{how}, {run.total / GIB:.0f}" for how, run in runs if run.total <= FULL * card * GIB)
+            cells.append(next(fitting, "no"))
+        print(f"| {' | '.join([f'`{teacher}`', *cells])} |", flush=True)
+
+
+def planned(name, teacher, gpus, **flags):
+    script = import_module(name)
+    return figures(script, with_recipe(args_of(script), script.RECIPES, teacher=teacher, gpus=gpus, **flags))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(out, args):
         note.write_text(key)
 
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
-    teacher = model.load_network(trained=False, device=device)
+    teacher = model.load_network("teacher", device)
     solve = lambda noise, cond: dmd.solve_ode(teacher, noise, cond, null_cond, *settings)
     run = SimpleNamespace(device=device, cache=cache, max_hours=math.inf)
     pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings, folder=out)

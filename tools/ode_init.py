@@ -73,9 +73,9 @@ def main(args):
     dmd2.check(SimpleNamespace(**vars(args), gan_weight=0.0, discriminator_blocks=()), model)  # no discriminator here
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
-    teacher = model.load_network(trained=False, device=run.device)
-    student = model.load_network(True, run.device, args.frame_block, gradient_checkpointing=args.gradient_checkpointing)
-    ema = model.load_network(False, run.device, args.frame_block, dtype=torch.float32) if args.ema_decay else student
+    teacher = model.load_network("teacher", run.device)
+    student = model.load_network("student", run.device, args.frame_block)
+    ema = model.load_network("ema", run.device, args.frame_block) if args.ema_decay else student
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     networks = {"student": student} | ({"ema": ema} if args.ema_decay else {})

@@ -1,0 +1,49 @@
+"""Flags that change a network's time and memory, and its results by rounding at most."""
+
+import os
+import shutil
+
+from torch.utils.checkpoint import checkpoint
+
+from families.adapters import lora_layers, turned_on
+from harness.files import Fatal
+
+
+def prepare(network, transformers, gradient_checkpointing=0, compile=False, attention=None):
+    """Make a network with these transformers run as a script's flags of the same names say, before it is sharded."""
+    for transformer in transformers:
+        if attention:
+            try:
+                transformer.set_attention_backend(attention)
+            except (ValueError, RuntimeError, ImportError) as error:
+                raise Fatal(f"--attention {attention}: {str(error).strip().splitlines()[0]}") from None
+        if gradient_checkpointing:
+            transformer.enable_gradient_checkpointing(recompute(list(network.blocks), gradient_checkpointing))
+        if compile:
+            check_compiler()
+            transformer.compile_repeated_blocks()
+
+
+def recompute(blocks, every):
+    """How diffusers is to call a block under a gradient: every n-th one keeps its input alone, and its backward runs it
+    again with the LoRA on that was on in the forward.
+    """
+
+    def call(block, *args):
+        if blocks.index(block) % every:
+            return block(*args)
+        layers = lora_layers(block)
+        on = layers[0]._active_adapter if layers else None
+
+        def run(*args):
+            with turned_on(block, on):
+                return block(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    return call
+
+
+def check_compiler():
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise Fatal("--compile needs a C++ compiler, and there is no g++ or clang++ here: install one, or leave it out")
