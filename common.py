@@ -6,6 +6,7 @@ function of (seed, sample number), so a run has no hidden state: it resumes exac
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -35,10 +36,9 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 # its successor is private and younger than the oldest torch that runs this
 warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
-# ------------------------------------------------------------------------------------------------- model loading
-
-
 TRAINED = ("student", "fake_score")
+
+# ------------------------------------------------------------------------------------------------- model loading
 
 
 def init_distributed():
@@ -133,9 +133,9 @@ class Model:
         bf16 = torch.bfloat16 if device.type == "cuda" else None
         # inputs are cast by the family's forward, which keeps the timestep in float32
         policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        whole = together == world
-        sizes, names = ((world,), ("shard",)) if whole else ((world // together, together), ("replicate", "shard"))
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        sizes, names = (world // together, together), ("replicate", "shard")
+        first = int(together == world)  # then there is nothing to replicate
+        mesh = init_device_mesh(device.type, sizes[first:], mesh_dim_names=names[first:])
         for block in network.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(network, mesh=mesh, mp_policy=policy)
@@ -198,9 +198,8 @@ def ema_update(ema, student, decay):
 def gather_rows(x):
     """Rows [world * b, ...] of all ranks, from x [b, ...] of each; the same b everywhere.
 
-    The backward of PyTorch's differentiable all-gather sums the gradients that all ranks have for these rows. So a loss
-    of all rows, computed on every rank and averaged over ranks as FSDP2 does, has the gradient of one process that
-    holds the whole batch.
+    The backward of PyTorch's differentiable all-gather sums all ranks' gradients of these rows. So a loss of all rows,
+    computed on every rank and averaged as FSDP2 does, has the gradient of one process that holds the whole batch.
     """
     return torch.cat(all_gather(x))
 
@@ -241,12 +240,18 @@ class Draws:
         return torch.stack([torch.rand((), generator=g, device=g.device) for g in self.generators])
 
 
+torch.get_num_threads()  # which settles the main thread's number, before another thread has one
+READER = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+
+
 class Samples:
     """Training samples by number, any number: prompts, what the network reads of them, and perhaps clips.
 
     A subclass has model, device, seed, prompts (a list), has_clips, and the methods row(number), cond_of(rows) and
-    latents(numbers).
+    latents(numbers), which a thread of its own runs.
     """
+
+    asked = frozenset()  # streams whose clips have been read
 
     def micro_batches(self, stream, step, batch_size, grad_accum):
         """This rank's micro-batches of a step: (rng, cond, x0_data), draws of `stream`, conditions, and a function that
@@ -255,8 +260,13 @@ class Samples:
         for micro in range(grad_accum):
             first = ((step * grad_accum + micro) * dist.get_world_size() + dist.get_rank()) * batch_size
             numbers = range(first, first + batch_size)
-            x0_data = cache(lambda numbers=numbers: self.latents(numbers))
-            yield Draws(self.seed, stream, numbers, self.device), self.cond(numbers), x0_data
+            started = READER.submit(self.latents, numbers) if stream in self.asked else None  # while networks run
+
+            def x0_data(numbers=numbers, started=started):
+                self.asked |= {stream}
+                return (started or READER.submit(self.latents, numbers)).result()
+
+            yield Draws(self.seed, stream, numbers, self.device), self.cond(numbers), cache(x0_data)
 
     def prompt(self, number):
         return self.prompts[self.row(number)]
@@ -284,7 +294,7 @@ class Shards(Samples):
         self.conditions = {} if keys is None else model.conditions
         keys = (*(keys or ()), *self.conditions)
         self.has_clips = "latents" in keys
-        self.rows, self.prompts, self.epoch = [], [], None
+        self.rows, self.prompts, self.orders = [], [], {}
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         if not paths:
             raise Fatal(f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}")
@@ -310,10 +320,10 @@ class Shards(Samples):
     def row(self, number):
         """Row of sample `number`: every row once per epoch, in an order that is a function of (seed, epoch)."""
         epoch, place = divmod(number, len(self))
-        if epoch != self.epoch:
+        if epoch not in self.orders:
             generator = torch.Generator().manual_seed(hashed(self.seed, "epoch", epoch))
-            self.epoch, self.order = epoch, torch.randperm(len(self), generator=generator).tolist()
-        return self.order[place]
+            self.orders[epoch] = torch.randperm(len(self), generator=generator).tolist()
+        return self.orders[epoch][place]
 
     def cond_of(self, rows):
         text = torch.zeros(len(rows), self.model.text_length, self.model.text_dim)
@@ -381,14 +391,10 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
         raise Fatal(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")
     images = find_images(images, len(prompts), *model.size[1:]) if images else ()
-    encoded = encode_text(model, prompts, cache, device, images)  # no clips
-    encoded.seed = seed
-    return encoded
+    return encode_text(model, prompts, cache, device, images, seed)  # no clips
 
 
-def encode_text(model, prompts, cache, device, images=()):
-    """Prompts, encoded once into shards under `cache`: a Shards, row i for prompt i. images: their first frames' paths,
-    for image-to-video.
-    """
+def encode_text(model, prompts, cache, device, images=(), seed=0):
+    """Prompts, encoded once, and perhaps the images at these paths, as Shards under `cache`: row i for prompt i."""
     folder = encoded_prompts(model, prompts, cache, device, images)
-    return Shards(folder, model, device, keys=() if images else None)
+    return Shards(folder, model, device, seed, keys=() if images else None)

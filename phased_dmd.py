@@ -291,10 +291,9 @@ def main(args):
         # next phase: freeze the expert; student and fake score begin at the teacher again
         phase = step * phases // args.steps
         if phase > len(experts):
-            name = f"expert_{len(experts)}"
-            experts.append(model.load_network(name, run.device, base=teacher))
+            experts.append(model.load_network(f"expert_{phase - 1}", run.device, base=teacher))
             common.ema_update(experts[-1], ema, decay=0)
-            networks[name] = experts[-1]
+            networks[f"expert_{phase - 1}"] = experts[-1]
             for network in (student, fake_score, ema):
                 model.reset(network)
             student_optimizer.state.clear()

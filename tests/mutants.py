@@ -210,7 +210,8 @@ MUTANTS = {
         ("hashed(seed, stream, int(i))", "hashed(stream, int(i))", 1),
         ("out[: len(tokens)] = tokens", "out[-len(tokens) :] = tokens", 1),
         ("else torch.float32)\n        with readable", "else torch.bfloat16)\n        with readable", 1),
-        ("self.latents(numbers))", "self.latents(range(len(numbers))))", 1),
+        ("READER.submit(self.latents, numbers) if", "READER.submit(self.latents, range(len(numbers))) if", 1),
+        ("READER.submit(self.latents, numbers))", "READER.submit(self.latents, range(len(numbers))))", 1),
     ]),
     "families/adapters.py": ("tests/test_adapters.py tests/test_phased_dmd.py", [
         ("p.shape[1] ** -0.5 if", "2 * p.shape[1] ** -0.5 if", 1),

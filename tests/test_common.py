@@ -2,6 +2,8 @@
 
 from harness.flags import one_line_errors
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -155,3 +157,34 @@ def test_a_line_is_printed_once_a_machine_unless_one_rank_alone_meets_it(monkeyp
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise error
         assert stop.value.code == error.code and capsys.readouterr().err == line
+
+
+def test_clips_are_made_ready_in_a_thread_once_their_stream_is_read(tmp_path, monkeypatch):
+    """Whoever reads them, and whenever, they are those of the numbers; what nobody asks for is not made."""
+    model = common.Model("tiny", 9, 32, 32)
+    data, made = common.TinyWorld(model, tmp_path, CPU, 3), []
+    plain = data.latents(range(4, 8))
+    latents = data.latents
+    monkeypatch.setattr(
+        data, "latents", lambda numbers: made.append((threading.get_ident(), numbers)) or latents(numbers)
+    )
+    for step in range(4):
+        for _ in data.micro_batches("student", step, 2, 2):
+            pass
+        assert not made
+    for step in (0, 1):
+        for micro, (rng, _, x0_data) in enumerate(data.micro_batches("fake_score", step, 2, 2)):
+            assert torch.equal(x0_data(), latents(rng.numbers)) and x0_data() is x0_data()
+            assert [numbers for _, numbers in made] == [range(i, i + 2) for i in range(0, 4 * step + 2 * micro + 2, 2)]
+    assert threading.get_ident() not in {ident for ident, _ in made}
+    torch.testing.assert_close(torch.cat([latents(range(4, 6)), latents(range(6, 8))]), plain)
+
+
+def test_every_row_once_an_epoch_from_two_threads(tmp_path):
+    model = common.Model("tiny", 9, 32, 32)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    data = common.load_data(model, tmp_path / "prompts.txt", None, tmp_path, CPU, 0)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(data.row, range(500)))
+    assert all(sorted(rows[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 500, 5))
+    assert rows == [data.row(number) for number in range(500)] and rows[:5] != rows[5:10]

@@ -17,6 +17,7 @@ from tools import make_pairs
         (["make_shards.py", "nowhere", "shards"], "error: no such folder nowhere"),
         (["cost.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd, or all"),
         (["cost.py", "dmd2", "--gpus", "0"], "error: --gpus must be at least 1, got 0"),
+        (["step_time.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, words, line):
@@ -28,7 +29,7 @@ def test_a_mistake_is_one_line(tmp_path, words, line):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program", ["make_pairs.py", "cost.py"])
+@pytest.mark.parametrize("program", ["make_pairs.py", "cost.py", "step_time.py"])
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)])
 def test_without_its_first_word_a_tool_says_what_it_is_for(program, words, code):
     run = subprocess.run([sys.executable, str(ROOT / "tools" / program), *words], capture_output=True, text=True)
