@@ -29,8 +29,10 @@ class Preview:
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
 
     def decode(self, latents):
-        self.vae = self.vae or self.model.load_vae(self.run.device)
-        return common.decode(self.vae, latents).cpu()
+        self.vae = (self.vae or self.model.load_vae(self.run.device)).to(self.run.device)
+        videos = common.decode(self.vae, latents).cpu()
+        self.vae.to("cpu")  # a step needs the GPU's memory
+        return videos
 
     def write(self, name, sample):
         """Sample, decode, gather, save, score and log. name is "teacher" or a step's number; sample is a function
