@@ -31,7 +31,7 @@ import dmd2  # noqa: E402
 from families.images import find_images, read_images  # noqa: E402
 from families.presets import PRESETS  # noqa: E402
 from harness.checkpoints import check_checkpoint  # noqa: E402
-from harness.files import Fatal, make_folder, read_prompts  # noqa: E402
+from harness.files import Fatal, make_folder, read_prompts, written_aside  # noqa: E402
 from harness.finished import load_run, student_folders, student_sampler, teacher_sampler  # noqa: E402
 from harness.media import contact_sheet, moving_sheet, write_video  # noqa: E402
 
@@ -119,10 +119,14 @@ def first_frames(args, model, count):
     return images
 
 
-def shrunk(clip):
-    """A clip [3, f, h, w] that is no higher than on a sheet."""
-    scale = min(1, HIGH / clip.shape[2])
-    return F.interpolate(clip, size=(round(clip.shape[2] * scale), round(clip.shape[3] * scale)), mode="area")
+def shrunk(clip, moves):
+    """A clip [3, f, h, w] no higher than sheets show it, so that many fit in memory; of one that does not move the four
+    frames that a contact sheet shows.
+    """
+    f, h, w = clip.shape[1:]
+    scale = min(1, HIGH / h)
+    frames = range(f) if moves else torch.linspace(0, f - 1, min(4, f)).round().int().tolist()
+    return F.interpolate(clip[:, list(frames)], size=(round(h * scale), round(w * scale)), mode="area")
 
 
 @torch.no_grad()
@@ -160,7 +164,7 @@ def main(args):
                         raise Fatal(f"the {name}'s sample of prompt {p}, seed {seed} is not finite", code=1)
                     write_video(out / f"{p:02d}_{seed}{'_teacher' if name == 'teacher' else ''}", clip, model.fps)
                     if p < SHOWN:
-                        shown[p, name].append(shrunk(clip))
+                        shown[p, name].append(shrunk(clip, moves=seed == args.seed))
                     bar.update()
             del sample
 
@@ -169,10 +173,12 @@ def main(args):
     if model.size[0] > 1:
         moving_sheet(out / "clips.webp", [(label, clips[:1]) for label, clips in rows], model.fps)
     record = {"prompts": prompts, "checkpoint": checkpoint, "flags": asdict(args)}
-    (out / "samples.json").write_text(json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n")
+    with written_aside(out / "samples.json") as aside:
+        aside.write_text(json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     dist.destroy_process_group()
     kind, moving = ("mp4", ", clips.webp (moving)") if model.size[0] > 1 else ("png", "")
-    print(f"{len(samplers) * len(wanted)} samples: {out}/<prompt>_<seed>.{kind}, sheet.png{moving}")
+    only = f" of the first {SHOWN} prompts" if len(prompts) > SHOWN else ""
+    print(f"{len(samplers) * len(wanted)} samples: {out}/<prompt>_<seed>.{kind}, sheet.png{moving}{only}")
 
 
 if __name__ == "__main__":
