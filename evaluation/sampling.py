@@ -4,7 +4,6 @@ from harness.flags import RunArgs
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,7 @@ import common
 import dmd2
 from families.presets import name_of
 from harness.files import Fatal
-from harness.finished import noise_levels, students_of
+from harness.finished import noise_levels, student_sampler, teacher_sampler
 from harness.media import h264_options
 
 
@@ -105,12 +104,6 @@ def conditions(model, prompts, images, cache, device):
 
 def sampler(source, model, cache, device):
     """A function (rng, cond) -> latents [b, c, f, h, w]: the student's own sampler, or the teacher's guided ODE."""
-    shape, args = model.latent_shape, source.args
-    if source.role == "student":
-        students = students_of(model, device, source.script, args, source.checkpoint, source.raw)
-        students[0].kept_frames = source.kept_frames
-        return partial(source.script.sample_student, students, shape=shape, args=args)
-    teacher = model.load_network("teacher", device)
-    null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
-    settings = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
-    return lambda rng, cond: dmd2.solve_ode(teacher, rng.normal(shape), cond, *settings)
+    if source.role == "teacher":
+        return teacher_sampler(model, device, source.args, cache, dmd2.solve_ode)
+    return student_sampler(model, device, source.script, source.args, source.checkpoint, source.raw, source.kept_frames)

@@ -30,9 +30,9 @@ import codmd  # noqa: E402
 import common  # noqa: E402
 import dmd2  # noqa: E402
 from families.presets import TINY_WORLD, name_of  # noqa: E402
-from harness.files import Fatal, make_folder, read_json, written_aside  # noqa: E402
+from harness.files import Fatal, make_folder, read_json  # noqa: E402
 from harness.finished import load_run, noise_levels, students_of  # noqa: E402
-from harness.media import contact_sheet, draw_sheet  # noqa: E402
+from harness.media import contact_sheet, moving_sheet  # noqa: E402
 from harness.metrics import preview_metrics  # noqa: E402
 from tiny import measures  # noqa: E402
 from tiny import world as tiny  # noqa: E402
@@ -216,15 +216,6 @@ def table_of(rows, transpose):
     return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
 
 
-def write_clips(path, shown, fps):
-    """The sheet's clips, moving: an animated WebP with a row for each of shown, {label: clips [p, s, 3, f, h, w]}."""
-    rows = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
-    length = rows[0][1].shape[2]
-    first, *others = [draw_sheet([(name, clips[:, :, t : t + 1]) for name, clips in rows]) for t in range(length)]
-    with written_aside(path) as aside:
-        first.save(aside, "WebP", save_all=True, append_images=others, duration=1000 // fps, loop=0, quality=90)
-
-
 @torch.no_grad()
 def main(args):
     check_flags(args)
@@ -302,7 +293,8 @@ def main(args):
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
     contact_sheet(args.out / "sheet.png", picked)
-    write_clips(args.out / "clips.webp", shown, model.fps)
+    moving = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
+    moving_sheet(args.out / "clips.webp", moving, model.fps)
     (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
     print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; sheet.png and clips.webp (moving) beside it")
 

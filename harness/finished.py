@@ -1,5 +1,6 @@
-"""Finished runs: which script made them, with which flags, and how to sample the students that they export."""
+"""Finished runs: which script made them, with which flags, and how to sample their students and teachers."""
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -72,20 +73,44 @@ def student_folders(script, args, checkpoint):
 
 
 def students_of(model, device, script, args, checkpoint, raw):
-    """The networks that a checkpoint exports, a list for `script.sample_student`.
+    """The networks that a checkpoint exports, a list for `script.sample_student`. LoRAs are merged in the export; here
+    they are on one base, as in training: that takes less memory and has the bits of the previews.
 
-    raw: the last is the student itself, not its average, with its LoRA if it has one, which an export has not.
+    raw: the last is the student itself, not its average.
     """
     folders, students = student_folders(script, args, checkpoint), []
     groups = [[folder] for folder in folders] if hasattr(args, "phase_ends") else [folders]  # a network each
-    block = getattr(args, "frame_block", 0)
+    block, last = getattr(args, "frame_block", 0), "student" if raw or not args.ema_decay else "ema"
+    if last in args.adapters:
+        names = [*(f"expert_{i}" for i in range(len(groups) - 1)), last]
+        base = model.load_network("teacher", device, adapters={name: args.adapters[name] for name in names})
+        networks = {name: model.load_network(name, device, base=base) for name in names}
+        load_networks(checkpoint, networks)
+        return list(networks.values())
     for group in groups[:-1] if raw else groups:
         students.append(model.load_network("teacher", device, block))
         for folder in group:
             own = folder.name if folder.name in model.family.parts else "transformer"
             common.put_weights(students[-1], folder, own)
     if raw:
-        base = model.load_network("teacher", device, block, adapters=args.adapters)
-        students.append(model.load_network("student", device, block, base=base))
+        students.append(model.load_network("student", device, block))
         load_networks(checkpoint, {"student": students[-1]})
     return students
+
+
+def student_sampler(model, device, script, args, checkpoint, raw, kept_frames=0):
+    """A function (rng, cond) -> latents [b, c, f, h, w] of a finished run's student, by its script's own sampler.
+
+    kept_frames: latent frames before a block that a causal student reads, 0 for all.
+    """
+    students = students_of(model, device, script, args, checkpoint, raw)
+    students[0].kept_frames = kept_frames
+    return partial(script.sample_student, students, shape=model.latent_shape, args=args)
+
+
+def teacher_sampler(model, device, args, cache, solve_ode):
+    """The same of a run's teacher, by a script's `solve_ode` with the run's guidance, shift and steps."""
+    null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
+    teacher = model.load_network("teacher", device)
+    settings = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
+    return lambda rng, cond: solve_ode(teacher, rng.normal(model.latent_shape), cond, *settings)

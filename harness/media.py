@@ -1,4 +1,4 @@
-"""Writers of what a person looks at: mp4 and contact sheet.
+"""Writers of what a person looks at: mp4, contact sheet, and one whose clips move.
 
 A video is a float tensor [3, f, h, w] in [0, 1], RGB; an image is a video with f = 1.
 """
@@ -106,6 +106,15 @@ def contact_sheet(path, rows, frames=4):
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
     return sheet
+
+
+def moving_sheet(path, rows, fps):
+    """Write `draw_sheet` of clips of one length as an animated WebP, in which they move. The folder must exist."""
+    length = rows[0][1][0].shape[1]
+    at = lambda t: draw_sheet([(label, [clip[:, t : t + 1] for clip in clips]) for label, clips in rows])
+    first, *others = [at(t) for t in range(length)]
+    with written_aside(path) as aside:
+        first.save(aside, "WebP", save_all=True, append_images=others, duration=1000 // fps, loop=0, quality=90)
 
 
 def draw_sheet(rows, frames=4):

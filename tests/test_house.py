@@ -147,7 +147,7 @@ def test_programs_stand_where_programs_are(name):
 
 
 def test_flags_are_read_before_diffusers_is_imported():
-    programs = ", ".join([*SCRIPTS, "eval_vbench", "tools.make_shards", "experiments.evidence"])
+    programs = ", ".join([*SCRIPTS, "eval_vbench", "tools.make_shards", "tools.sample", "experiments.evidence"])
     code = f"import sys, {programs}; print([n for n in ('diffusers', 'transformers', 'peft') if n in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
