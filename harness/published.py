@@ -4,6 +4,7 @@ LoRA. docs/import.md names the layouts and their sources.
 Names become diffusers' by diffusers' own conversions. Tensors stay on disk until they are used; rank 0 reads them.
 """
 
+import json
 import pickle
 import re
 from itertools import chain
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -153,11 +154,15 @@ def misfit(weights, network):
 
 
 def lora_of(path, weights, network):
-    """What a LoRA's file changes, or one line: (lora, added), by diffusers' names.
+    """What a LoRA's file changes, or one line: (lora, metadata, added), by diffusers' names.
 
-    added: {name: difference of a parameter}, "diff" and "diff_b" in files made for ComfyUI, most of which diffusers
-    leaves out.
+    metadata: what diffusers wrote beside it, its alpha above all, or None; added: {name: difference of a parameter},
+    "diff" and "diff_b" in files made for ComfyUI, most of which diffusers leaves out.
     """
+    metadata = None
+    if path.suffix == ".safetensors":
+        with readable(path), safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
     wanted = {key: value.shape for key, value in network.state_dict().items()}
     weights = {key.replace(".default.", "."): value for key, value in weights.items()}
     if any(".self_attn." in key for key in weights):  # Wan's names, as ComfyUI has them
@@ -190,18 +195,19 @@ def lora_of(path, weights, network):
             raise unfit(f"{key} is unknown")
         if shape != wanted[key]:
             raise unfit(f"it changes {key} by {tuple(shape)}, this teacher's is {tuple(wanted[key])}")
-    return lora, added
+    return lora, metadata, added
 
 
 @torch.no_grad()
-def merged(path, teacher, lora, added):
+def merged(path, teacher, lora, metadata, added):
     """The teacher's weights, float32, with a LoRA merged by diffusers."""
     folder = teacher_folder(teacher) / "transformer"
-    whole = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
-    for key, value in added.items():
-        whole.get_parameter(key).add_(value.to(torch.float32))
-    metadata = _load_sft_state_dict_metadata(path) if path.suffix == ".safetensors" else None  # its alpha may be there
-    whole.load_lora_adapter(lora, adapter_name="published", metadata=metadata)
-    whole.fuse_lora(adapter_names=["published"])
-    whole.unload_lora()
+    with readable(path):
+        whole = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+        for key, value in added.items():
+            whole.get_parameter(key).add_(value.to(torch.float32))
+        if lora:
+            whole.load_lora_adapter(lora, adapter_name="published", metadata=metadata)
+            whole.fuse_lora(adapter_names=["published"])
+            whole.unload_lora()
     return whole.state_dict()
