@@ -5,6 +5,7 @@ student/  the student alone in the diffusers layout: transformer/, with phases o
           transformer_2/, …; a LoRA merged
 """
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -73,10 +74,11 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
 
 
 def find_init(runs_dir, teacher, init):
-    """The folder that --init means: itself, or for a script's name its newest finished run on this teacher."""
+    """What --init means: that file or folder, or for a script's name its newest finished run on this teacher."""
     if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "ode_init") or Path(init).is_dir():
-        if not Path(init).is_dir():
-            raise Fatal(f"--init: no such folder {init}")
+        if not Path(init).exists():
+            raise Fatal(f"--init: no such file or folder {init}")
+        import_module("harness.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
         return Path(init)
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, teacher) if (run / "args.json").is_file() and last(run).is_dir()]
@@ -138,6 +140,8 @@ def load_init(path, networks, args):
         raise Fatal(
             f"--init: with --lora-rank the base is the teacher: name a run with that rank, not weights in {path}"
         )
+    elif path.is_file():
+        found = import_module("harness.published").load(path, networks, args["teacher"])
     elif all((path / part).is_dir() for part in student.parts):
         found = {"student"}
         for part in student.parts:

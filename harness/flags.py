@@ -54,7 +54,7 @@ class RunArgs:
     """Where run folders, and the cache of text embeddings and teacher samples, are written."""
     init: str | None = None
     """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher. A script's
-    name (dmd2) means its newest finished run on this teacher."""
+    name (dmd2) means its newest finished run on this teacher; students of others: docs/import.md."""
     resume: str | None = None
     """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     save_every: Annotated[int, Ge(1)] = 500
