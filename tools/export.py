@@ -137,7 +137,7 @@ def write_pipeline(student, out, copy):
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     if len(student.folders) > 1:
         index |= {"transformer_2": index["transformer"], "boundary_ratio": student.boundary}
-    if not student.pipeline.startswith("Cosmos"):  # vllm-omni has no class that reads it there
+    if not student.pipeline.startswith("Cosmos"):  # read by vllm-omni, see docs/export.md
         index["dmd2_config"] = {
             "num_inference_steps": len(student.sigmas),
             "denoising_timesteps": [round(1000 * sigma) for sigma in student.sigmas],

@@ -12,11 +12,10 @@ NAMES = {
     "euler": "Euler steps from each noise level to the next, then to 0",
     "causal": "block by block of latent frames; in each a video at each noise level, renoised to the next",
 }
-CAUSAL = """It makes {block} latent frames at a time. Each block reads the clean ones before it (a cache of keys and \
-values:
-causal between blocks, full within one), and is denoised at all of the levels above before the next one begins. Its
-weights are those of a stock transformer, but no stock pipeline samples it: `WanPipeline` loads it and makes all frames
-at once, for which it was not trained. In the repository that trained it, `eval_vbench.py` samples it, and
+CAUSAL = """It makes its latent frames in blocks of {block}. Each block reads the clean ones before it (a cache of keys
+and values: causal between blocks, full within one), and is denoised at all of the levels above before the next one
+begins. Its weights are those of a stock transformer, but no stock pipeline samples it: `WanPipeline` loads it and makes
+all frames at once, for which it was not trained. In the repository that trained it, `eval_vbench.py` samples it, and
 `families/wan_causal.py` is the network."""
 
 
@@ -69,8 +68,8 @@ def call(student):
         'prompt="a prompt"',
         *words,
     ]
-    lines = ["torch.manual_seed(0)  # also of the fresh noise in every step, for which no generator= is used"]
-    lines = lines if student.sampler == "renoise" and steps > 1 else []
+    fresh = "  # also of the fresh noise in every step, which generator= would not reach"
+    lines = ["torch.manual_seed(0)" + fresh * (student.sampler == "renoise" and steps > 1)]
     lines += ["out = pipe(", *(f"    {word}," for word in words), ")"]
     if pipeline == "QwenImagePipeline":
         return [*lines, 'out.images[0].save("student.png")']
@@ -132,8 +131,10 @@ def notes(student, scheduler, lora):
         found += ["The pipeline wants NVIDIA's safety checker: `pip install cosmos_guardrail`."]
     if len(student.folders) > 1 and not lora:
         found += [f"Noise levels of {student.boundary} and above are `transformer`'s, those below `transformer_2`'s."]
-    if lora and student.pipeline in ("WanPipeline", "WanImageToVideoPipeline"):
-        found += ["ComfyUI reads the same file (its key names were checked in its code; it was not run)."]
+    if lora and not student.pipeline.startswith("Cosmos"):
+        found += [
+            "ComfyUI is to read the same file: its key names are those in ComfyUI's code, and it was not run there."
+        ]
     return found
 
 
@@ -151,8 +152,10 @@ def model_card(student, scheduler, name, license, revision, stock, lora=(), told
         "guidance": "1: one evaluation of the network per level",
         "size": f"{args.frames} frames, {args.height} x {args.width} pixels, {student.model.fps} frames per second",
     }
+    steps = f"{len(student.sigmas)}-step" if student.sampler != "causal" else "autoregressive few-step"
+    about = f"A student of {rows['teacher']}, {steps}, distilled with {script_name(student)}.py."
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    text = [head(student, lora, license), "", f"# {name}", "", f"A student of {rows['teacher']}.", "", *table, ""]
+    text = [head(student, lora, license), "", f"# {name}", "", about, "", *table, ""]
     if student.sampler == "causal":
         text += ["## Use", "", CAUSAL.format(block=args.frame_block)]
     elif student.why_not_stock:

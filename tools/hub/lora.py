@@ -6,6 +6,8 @@ and diffusers translates them (lora_conversion_utils.py). Other families have di
 which ComfyUI reads for Qwen-Image. The scale alpha / rank is multiplied into B: without an alpha, both take 1.
 """
 
+import warnings
+
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
@@ -53,7 +55,8 @@ def of_run(student, number):
         for key, entry in known.items()
         if key.startswith(prefix)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load(state, storage_reader=reader, no_dist=True)
     scale = student.args.lora_alpha / student.args.lora_rank
     layers = sorted({key.removeprefix(prefix).rpartition("/")[0] for key in state})
     return {

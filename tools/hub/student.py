@@ -57,6 +57,9 @@ class Student:
             return f"it has {len(self.folders)} transformers, one per phase, and diffusers' pipelines have two at most"
         if len(self.folders) > 1 and self.pipeline not in LOADS_TWO:
             return f"it has two transformers, one per phase, and {self.pipeline} has one"
+        renoises = self.sampler == "renoise" and len(self.sigmas) > 1
+        if renoises and self.model.conditions and self.pipeline.startswith("Cosmos"):
+            return "it renoises, and Cosmos' pipeline keeps the first frame only in Euler steps"
         return ""
 
     @property
