@@ -111,7 +111,7 @@ def test_levels_that_a_stock_scheduler_takes_exactly(levels):
     [
         ((1.0, 0.9, 0.757, 0.522), 0.0011),
         ((0.999, 0.937, 0.833, 0.624), 0.00101),
-        ((1.0, 0.938, 0.833, 0.625), 0.00045),
+        ((1.0, 0.938, 0.833, 0.625), 0.0005),
     ],
 )
 def test_levels_of_the_recipes_that_it_only_comes_close_to(levels, off):

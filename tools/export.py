@@ -133,11 +133,13 @@ def weights_of(student, place):
 
 def write_pipeline(student, out, copy):
     """model_index.json, and the teacher's other parts: a folder each, whose files are links or copies."""
+    from tools.hub.student import SERVED_BY
+
     index = {**student.model.index, "_class_name": student.pipeline}
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     if len(student.folders) > 1:
         index |= {"transformer_2": index["transformer"], "boundary_ratio": student.boundary}
-    if not student.pipeline.startswith("Cosmos"):  # read by vllm-omni, see docs/export.md
+    if student.pipeline in SERVED_BY:  # what vllm-omni reads, see docs/export.md
         index["dmd2_config"] = {
             "num_inference_steps": len(student.sigmas),
             "denoising_timesteps": [round(1000 * sigma) for sigma in student.sigmas],

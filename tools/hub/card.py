@@ -6,6 +6,7 @@ from huggingface_hub import ModelCardData
 
 from families.presets import TINY_WORLD, name_of
 from tools.hub.levels import EXACT, distance, made_by
+from tools.hub.student import SERVED_BY
 
 NAMES = {
     "renoise": "a video at each noise level, renoised to the next with fresh noise",
@@ -98,13 +99,13 @@ def snippet(student, scheduler, name, lora):
     lines += ["import torch"] + [f"from diffusers import {', '.join(sorted(names))}"]
     lines += [f"from diffusers.utils import {', '.join(utils)}", ""] if utils else [""]
     if lora:
-        base = student.base or "FOLDER_OF_THE_TEACHER"
-        more = ""
+        base, revision = student.base or "FOLDER_OF_THE_TEACHER", student.revision
+        more = f', revision="{revision}"' if revision else ""
         if two and len(student.model.family.parts) == 1:  # a LoRA of each phase on the same weights
             lines += [f'second = {names[1]}.from_pretrained("{base}", subfolder="transformer")']
-            more = f", transformer_2=second, boundary_ratio={student.boundary}"
+            more += f", transformer_2=second, boundary_ratio={student.boundary}"
         elif two and student.sampler == "euler":
-            more = f", boundary_ratio={student.boundary}"
+            more += f", boundary_ratio={student.boundary}"
         lines += [f'pipe = {names[0]}.from_pretrained("{base}"{more})']
         lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora[0]}")']
         if two:
@@ -134,6 +135,11 @@ def notes(student, scheduler, lora):
     if lora and not student.pipeline.startswith("Cosmos"):
         found += [
             "ComfyUI is to read the same file: its key names are those in ComfyUI's code, and it was not run there."
+        ]
+    if student.pipeline in SERVED_BY and not lora:
+        found += [
+            "`dmd2_config` in model_index.json is for vllm-omni (`vllm serve … --omni --model-class-name "
+            f"{SERVED_BY[student.pipeline]}`, not run); diffusers says that it ignores it."
         ]
     return found
 

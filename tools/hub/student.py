@@ -13,6 +13,12 @@ from harness.files import Fatal, read_json
 from harness.finished import load_run, noise_levels, student_folders
 
 LOADS_TWO = ("WanPipeline", "WanImageToVideoPipeline")  # pipelines with transformer_2 and boundary_ratio
+# classes of vllm-omni that read dmd2_config in model_index.json, for folders of these pipelines
+SERVED_BY = {
+    "WanPipeline": "WanT2VDMD2Pipeline",
+    "WanImageToVideoPipeline": "WanI2VDMD2Pipeline",
+    "QwenImagePipeline": "QwenImageDMD2Pipeline",
+}
 
 
 @dataclass
@@ -72,8 +78,16 @@ class Student:
     @property
     def base(self):
         """The teacher's repository on the Hub, or None if it has another folder."""
+        return self.hub()[0] or None
+
+    @property
+    def revision(self):
+        """Its revision there, empty if it is main."""
+        return self.hub()[2]
+
+    def hub(self):
         name = name_of(self.args.teacher)
-        return PRESETS[name].source.partition("@")[0] if name in PRESETS and name not in TINY_WORLD else None
+        return (PRESETS[name].source if name in PRESETS and name not in TINY_WORLD else "").partition("@")
 
     def source(self, folder):
         """The folder of the teacher that one of its transformers began at."""
