@@ -188,16 +188,6 @@ def load_networks(checkpoint, networks):
     return found
 
 
-CAUSAL_CARD = """A causal student: its weights are those of a stock Wan, but it makes {frame_block} latent frames at a
-time, each block reading the clean ones before it (key and value cache, causal between blocks, full within one).
-
-frame_block: {frame_block}
-noise levels of each block: {sigmas}
-
-The stock pipeline loads it and makes all frames at once, which it was not trained for.
-"""
-
-
 def save_weights(network, part, folder):
     """Write a transformer of a network in the diffusers layout: config.json and safetensors. A LoRA is merged."""
     transformer, lora = getattr(network, part), getattr(network, "adapter_name", None)

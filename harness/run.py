@@ -25,7 +25,6 @@ from tqdm import tqdm
 import common
 from families.presets import PRESETS, name_of
 from harness.checkpoints import (
-    CAUSAL_CARD,
     check_checkpoint,
     find_checkpoint,
     find_init,
@@ -185,10 +184,6 @@ class Run:
                 save_weights(student, part if part in student.parts else "transformer", aside / "student" / part)
             if self.rank == 0:
                 (aside / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
-                if self.args.get("frame_block"):
-                    levels = " ".join(map(str, self.args["student_sigmas"]))
-                    card = CAUSAL_CARD.format(frame_block=self.args["frame_block"], sigmas=levels)
-                    (aside / "student" / "README.md").write_text(card)
                 for path in aside.rglob("*.safetensors"):
                     readable_by_all(path)
                 files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}

@@ -16,6 +16,7 @@ from tools import make_pairs
         (["make_pairs.py", "pairs", "--pair-steps", "0"], "error: --pair-steps must be at least 1, got 0"),
         (["make_shards.py", "nowhere", "shards"], "error: no such folder nowhere"),
         (["cost.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd, or all"),
+        (["export.py", "nowhere", "out"], "error: no such folder nowhere: give a run or one of its checkpoints"),
         (["cost.py", "dmd2", "--gpus", "0"], "error: --gpus must be at least 1, got 0"),
         (["step_time.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd"),
     ],
