@@ -1,4 +1,4 @@
-"""docs/slurm.sh as it is, with two processes under torchrun. In place of Slurm's programs are two that pass things on."""
+"""docs/slurm.sh as it is, under torchrun with two processes. Two programs that pass things on stand in for Slurm's."""
 
 import os
 import signal

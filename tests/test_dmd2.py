@@ -7,11 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import common
-import dfd
 import dmd
 import dmd2
-from harness.finished import load_run, students_of
-from tests.conftest import ROOT, distance, only_run, popen, same, small_args, state_of, stopped, student_weights
+from tests.conftest import distance, only_run, popen, same, small_args, state_of, stopped, student_weights
 from tests.exact import COND, Gaussian, Whole, draws
 
 SHAPE, SIGMAS = (2, 1, 3, 3), (1.0, 0.9, 0.5)
@@ -230,47 +228,3 @@ def test_init_from_a_student_alone(tmp_path, capsys):
 def test_init_from_a_folder_without_a_student(tmp_path, fails):
     (tmp_path / "empty").mkdir()
     fails(lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path, init=str(tmp_path / "empty"))), "--init", "no student")
-
-
-# ------------------------------------------------------------------------------------------------------- in diffusers
-
-
-class Global:
-    """Stands in for common.Draws: noise of PyTorch's global generator, as a stock pipeline draws it."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def normal(self, shape):
-        return torch.randn(self.n, *shape)
-
-
-def test_the_readmes_lines_sample_the_student(tmp_path, monkeypatch):
-    """The pipeline's latents are those of sample_student from the same noise, and a video comes out."""
-    flags = {"runs_dir": tmp_path / "runs" / "demo", "steps": 2, "student_every": 1, "gan_weight": 0.0}
-    dfd.main(small_args(dfd, data_prob=0.0, student_input="simulate", **flags))
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text().split("### Use a student")[1].split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(text, names)
-    assert (tmp_path / "student.mp4").stat().st_size > 500
-
-    script, args, checkpoint = load_run(only_run(tmp_path / "runs" / "demo", dfd))
-    device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
-    (student,) = students_of(model, device, script, args, checkpoint, raw=False)
-    cond = common.encode_text(model, ["a red circle"], tmp_path, device).cond_of([0])
-    torch.manual_seed(3)
-    with torch.no_grad():
-        wanted = dfd.sample_student([student], Global(1), cond, model.latent_shape, args)
-    torch.manual_seed(3)
-    pipe = names["pipe"]
-    pipe.set_progress_bar_config(disable=True)
-    got = pipe(
-        "a red circle", height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
-        max_sequence_length=16, output_type="latent",
-    ).frames  # fmt: skip
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
