@@ -50,9 +50,9 @@ class Args(RunArgs):
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
     score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
-    """Range that score times are clamped to, after the shift: an atom at its top is meant."""
+    """Range that score times are clamped to, after the shift: so many fall on its top, as they are meant to."""
     student_sigmas: tuple[float, ...]
-    """Noise levels at which the student predicts a video, the first 1."""
+    """Noise levels at which the student predicts a video, the first .99 to 1."""
     frame_block: Annotated[int, Ge(0)] = 0
     """Latent frames that a causal student makes at a time, from those before (Self-Forcing: 3); 0: all at once."""
     student_input: Literal["simulate", "data"]
@@ -96,7 +96,7 @@ def check(args, model):
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
     model.network_class(args.frame_block)
     if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
-        raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+        raise Fatal(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
         raise Fatal(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
 

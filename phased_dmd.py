@@ -51,9 +51,9 @@ class Args(RunArgs):
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
     score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
-    """Range that score times are clamped to, after the shift: an atom at its top is meant."""
+    """Range that score times are clamped to, after the shift: so many fall on its top, as they are meant to."""
     student_sigmas: tuple[float, ...]
-    """Noise levels at which the student's Euler steps begin, the first 1."""
+    """Noise levels at which the student's Euler steps begin, the first .99 to 1."""
     phase_ends: tuple[float, ...]
     """Noise level to which each phase carries samples: some of --student-sigmas, falling, then 0."""
     score_ends: tuple[float, ...] = ()
@@ -94,7 +94,7 @@ def check(args, model):
     """Raise one line for noise levels, phases or blocks that cannot be."""
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
     if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
-        raise Fatal(f"--student-sigmas must start at 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+        raise Fatal(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
     ends, floors, highest = args.phase_ends, args.score_ends or args.phase_ends, args.score_times[1]
     if ends[-1:] != (0,) or list(ends[:-1]) != [sigma for sigma in sigmas[1:] if sigma in ends]:
         raise Fatal(f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {ends}")

@@ -21,7 +21,7 @@ from harness.files import Fatal, read_json
 @dataclass(kw_only=True)
 class RunArgs:
     teacher: str = "tiny"
-    """Whom to distill: a name (README lists them), or a local folder in the diffusers layout; FOLDER:i2v for the
+    """Whom to distill: a name (docs/teachers.md), or a local folder in the diffusers layout; FOLDER:i2v for the
     image-to-video of one that does both."""
     prompts: str | None = None
     """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
@@ -58,7 +58,7 @@ class RunArgs:
     resume: str | None = None
     """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     save_every: Annotated[int, Ge(1)] = 500
-    """Steps between checkpoints. One is also written at the end and on SIGTERM or SIGINT."""
+    """Steps between checkpoints. One is also written at the end and on SIGTERM, SIGINT, SIGHUP, SIGUSR1."""
     keep: Annotated[int, Ge(0)] = 3
     """Checkpoints to keep, newest first; 0 keeps all."""
     preview_every: Annotated[int, Ge(0)] = 250

@@ -342,7 +342,7 @@ def test_scripts_without_it_say_so(script, fails, monkeypatch):
 
 def test_ode_init_checks_its_noise_levels(tmp_path, fails):
     args = with_recipe(ode_init.Args, ode_init.RECIPES, runs_dir=str(tmp_path), student_sigmas=(0.5, 0.9))
-    fails(lambda: ode_init.main(args), "--student-sigmas must start at 1 and fall")
+    fails(lambda: ode_init.main(args), "--student-sigmas must start at .99 to 1 and fall")
 
 
 def test_other_families_have_none(tmp_path, fails):

@@ -53,7 +53,7 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch, script, flags):
     counter.__exit__(None, None, None)
     network, flops, _ = cost.one_forward(model)
     parts = step_time.parts_of(watch, args, flops, len(network.blocks))
-    fake, student = (parts[name].flops for name in ("fake-score step", "student step"))
+    fake, student = (parts[name].flops for name in ("fake-score step", "student adds"))
     both = (counted[1] + counted[3]) / 2
     assert counted[1] > 0 and peak > 1e8
     assert fake == pytest.approx((counted[2] + counted[4]) / 2, rel=0.08 if flags.get("lora_rank") else 0.05)
@@ -90,7 +90,7 @@ def test_every_teacher_on_the_hub_runs_without_its_files(monkeypatch, capsys, tm
     monkeypatch.chdir(tmp_path)
     step_time.main(dmd2, args_of(dmd2, teacher=teacher, warm_steps=1, timed_steps=2, **flags))
     out = capsys.readouterr().out
-    assert f"{teacher}: latents" in out and "student step" in out
+    assert f"{teacher}: latents" in out and "student adds" in out
     assert len(losses) == 5 and torch.tensor(losses).isfinite().all()
     assert re.search(r"samples +student [\d.]+, fake_score 2; backward 2", out)
     assert not list(tmp_path.iterdir())

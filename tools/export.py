@@ -58,7 +58,7 @@ def main(args):
     check_flags(args)
     out = args.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Fatal(f"{args.out} is there already: give a new folder")
+        raise Fatal(f"{args.out} is there already: give a new or an empty folder")
     if args.lora and (args.transformer_only or args.copy):
         raise Fatal("--lora goes without --transformer-only and --copy: it holds none of the teacher's parts")
     if args.rank and not args.lora:
@@ -99,7 +99,7 @@ def main(args):
         print(line)
     if student.why_not_stock:
         print(f"no stock pipeline samples this student, as {student.why_not_stock}: its transformers alone are there")
-    print(f"exported to {args.out}; how to sample it says {args.out / 'README.md'}")
+    print(f"exported to {args.out}; {args.out / 'README.md'} says how to sample it")
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def parts_of(watch, args, flops, blocks):
         less(both.calls, fake.calls),
         less(both.inside, fake.inside),
     )
-    return {"fake-score step": fake, "student step": student}
+    return {"fake-score step": fake, "student adds": student}
 
 
 def main(script, args):

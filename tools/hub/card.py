@@ -66,7 +66,7 @@ def call(student):
         words += [f"max_sequence_length={student.model.text_length}"]
     words = [
         *(['image=load_image("first_frame.png")'] if student.model.conditions else []),
-        'prompt="a prompt"',
+        f'prompt="{"a red circle" if student.model.world else "a prompt"}"',
         *words,
     ]
     fresh = "  # also of the fresh noise in every step, which generator= would not reach"
@@ -106,7 +106,8 @@ def snippet(student, scheduler, name, lora):
             more += f", transformer_2=second, boundary_ratio={student.boundary}"
         elif two and student.sampler == "euler":
             more += f", boundary_ratio={student.boundary}"
-        lines += [f'pipe = {names[0]}.from_pretrained("{base}"{more})']
+        yours = "" if student.base else "  # put in where the teacher is"
+        lines += [f'pipe = {names[0]}.from_pretrained("{base}"{more}){yours}']
         lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora[0]}")']
         if two:
             lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora[1]}", load_into_transformer_2=True)']
@@ -114,7 +115,7 @@ def snippet(student, scheduler, name, lora):
             own = f'FlowMatchEulerDiscreteScheduler.from_pretrained("{name}", subfolder="scheduler")'
             lines += [f"pipe.scheduler = {own}"]
     else:
-        lines += [f'pipe = DiffusionPipeline.from_pretrained("{name}")']
+        lines += [f'pipe = DiffusionPipeline.from_pretrained("{name}")  # this folder, or its name on the Hub']
     lines += exact_levels(student) if near else []
     return "\n".join(["```python", *lines, *call(student), "```"])
 
@@ -126,6 +127,10 @@ def notes(student, scheduler, lora):
         found += [
             "The scheduler's config cannot hold these noise levels exactly. Left as it is, it goes by "
             f"{levels_line(round(sigma, 4) for sigma in own)}; the lines above give it the student's."
+        ]
+    if student.pipeline != "QwenImagePipeline":
+        found += [
+            "Needs diffusers and transformers as new as this repository's, and `imageio imageio-ffmpeg` for H.264."
         ]
     found += ["It is trained for these levels and guidance 1: other numbers of steps are not what it learnt."]
     if "Cosmos" in student.pipeline:
