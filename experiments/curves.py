@@ -142,6 +142,7 @@ def draw(path, title, runs, beside=()):
         axis.set_title(label, fontsize=9)
         if tag.startswith(("loss", "grad")):
             axis.set_yscale("log")
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-2))  # at guidance 1 the first gradient is rounding
     figure.suptitle(title, fontsize=10)
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=75, format="png")
