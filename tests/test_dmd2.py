@@ -154,7 +154,7 @@ def test_clips_that_take_too_long_are_refused(tmp_path, fails):
     ("flags", "words"),
     [
         ({"betas": (0.5, 1.0)}, ["--betas", "at least 0 and below 1"]),
-        ({"student_sigmas": (0.9, 0.5)}, ["--student-sigmas", "start at 1"]),
+        ({"student_sigmas": (0.9, 0.5)}, ["--student-sigmas", "start at .99 to 1"]),
         ({"student_sigmas": (1.0, 0.5, 0.5)}, ["--student-sigmas", "fall"]),
         ({"student_sigmas": ()}, ["--student-sigmas"]),
         ({"gan_weight": -1.0}, ["--gan-weight", "at least 0"]),
