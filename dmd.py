@@ -49,7 +49,7 @@ class Args(RunArgs):
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
     score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
-    """Range that score times are clamped to, after the shift: so many fall on its top, as they are meant to."""
+    """Range of score times: after the shift, draws beyond it are set to its ends. See docs/dialects.md."""
     regression_weight: Annotated[float, Ge(0)]
     """Weight of the regression on the teacher's pairs (eq. 9)."""
     pairs: str | None = None

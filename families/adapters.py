@@ -22,18 +22,18 @@ def add_adapters(transformer, layers, adapters):
             transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), name)
         except ValueError as error:
             raise Fatal(f"no LoRA fits on this teacher: {error}") from None
-    for layer in lora_layers(transformer):
+    for layer in layers_with_loras(transformer):
         layer._active_adapter = []
 
 
-def lora_layers(module):
+def layers_with_loras(module):
     return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
 
 
 @contextmanager
 def turned_on(module, name):
     """In this block the LoRA of that name is on. What was on before it is on after it, whatever happens in between."""
-    layers = lora_layers(module)
+    layers = layers_with_loras(module)
     before = [layer._active_adapter for layer in layers]
     try:
         for layer in layers:  # not by peft's set_adapter: that also sets requires_grad, which FSDP2 has read by now

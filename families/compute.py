@@ -5,7 +5,7 @@ import shutil
 
 from torch.utils.checkpoint import checkpoint
 
-from families.adapters import lora_layers, turned_on
+from families.adapters import layers_with_loras, turned_on
 from harness.files import Fatal
 
 
@@ -32,7 +32,7 @@ def recompute(blocks, every):
     def call(block, *args):
         if blocks.index(block) % every:
             return block(*args)
-        layers = lora_layers(block)
+        layers = layers_with_loras(block)
         on = layers[0]._active_adapter if layers else None
 
         def run(*args):

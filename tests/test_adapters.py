@@ -14,7 +14,7 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families.adapters import lora_layers, turned_on
+from families.adapters import layers_with_loras, turned_on
 from families.presets import PRESETS
 from harness.checkpoints import save_weights
 from tests.conftest import distance, only_run, popen, same, small_args, state_of, stopped, student_weights
@@ -77,7 +77,7 @@ def test_it_is_stock_peft(tmp_path):
 
 def test_what_was_on_is_on_again_after_an_exception():
     model, base, student, fake_score = loaded()
-    on = lambda: {str(layer._active_adapter) for layer in lora_layers(base)}
+    on = lambda: {str(layer._active_adapter) for layer in layers_with_loras(base)}
     before = base(*inputs(model))
     for _ in range(2):
         with pytest.raises(RuntimeError):
@@ -107,8 +107,9 @@ def test_activations_are_recomputed_with_the_lora_of_their_forward(every):
     assert same(*gradients)
 
 
-def test_a_bf16_base_keeps_its_loras_in_float32_and_exports_in_float32(tmp_path):
-    model, base, student = loaded({"student": (2, 4.0)}, ("student",), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_stays_as_it_is_when_its_lora_is_exported_in_float32(tmp_path, dtype):
+    model, base, student = loaded({"student": (2, 4.0)}, ("student",), dtype)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     before = {name: p.clone() for name, p in base.named_parameters()}
     save_weights(student, "transformer", tmp_path)
@@ -120,7 +121,7 @@ def test_a_bf16_base_keeps_its_loras_in_float32_and_exports_in_float32(tmp_path)
         key, change = f"transformer/{name.removesuffix('.weight').replace('.', '/')}/lora_", 0
         if f"{key}A" in student.lora:
             change = 4.0 / 2 * student.lora[f"{key}B"] @ student.lora[f"{key}A"]
-        torch.testing.assert_close(merged[name], value.bfloat16().float() + change)
+        torch.testing.assert_close(merged[name], value.to(dtype).float() + change)
     WanTransformer3DModel.from_pretrained(tmp_path)
 
 

@@ -304,17 +304,22 @@ def planned(name, teacher, gpus, **flags):
     return figures(script, with_recipe(args_of(script), script.RECIPES, teacher=teacher, gpus=gpus, **flags))
 
 
-if __name__ == "__main__":
+def start(doc, main, args_of, others=None):
+    """Run a tool whose first word is a script's name, and the rest its flags. others: {another first word: function}."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         asked = {"-h", "--help"} & set(sys.argv)
-        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        print(doc, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     with one_line_errors():
-        name = sys.argv.pop(1).removesuffix(".py")
-        if name == "all":
-            sys.exit(table())
+        name, others = sys.argv.pop(1).removesuffix(".py"), others or {}
+        if name in others:
+            sys.exit(others[name]())
         if name not in METHODS:
-            raise Fatal(f"unknown script {name!r}: use {', '.join(METHODS)}, or all")
+            raise Fatal(f"unknown script {name!r}: use {', '.join([*METHODS, *(f'or {word}' for word in others)])}")
         sys.argv[0] = f"{name}.py"  # whose flags these are, and whose run --resume means
-        named = import_module(name)
-        main(named, parse_args(args_of(named), named.RECIPES))
+        script = import_module(name)
+        main(script, parse_args(args_of(script), script.RECIPES))
+
+
+if __name__ == "__main__":
+    start(__doc__, main, args_of, {"all": table})

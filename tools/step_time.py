@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from unittest import mock
@@ -27,12 +26,11 @@ from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/step_time.py` finds the scripts
 
-from harness.flags import check_flags, one_line_errors, parse_args  # noqa: E402
+from harness.flags import check_flags  # noqa: E402
 
 import common  # noqa: E402
 from families.adapters import Adapted  # noqa: E402
 from families.presets import PRESETS, TINY_WORLD  # noqa: E402
-from harness.files import Fatal  # noqa: E402
 from harness.run import Run  # noqa: E402
 from tools import cost  # noqa: E402
 
@@ -215,9 +213,8 @@ class Part(NamedTuple):
 
 def mean_of(watch, steps, args, flops, blocks):
     """The Part that these steps, a list of their numbers, took on average."""
-    calls, inside = ({key: value / len(steps) for key, value in sum(all_, Counter()).items()} for all_ in (
-        [watch.calls[i] for i in steps], [watch.inside[i] for i in steps]
-    ))  # fmt: skip
+    mean = lambda counters: {key: value / len(steps) for key, value in sum(counters, Counter()).items()}
+    calls, inside = mean([watch.calls[i] for i in steps]), mean([watch.inside[i] for i in steps])
     seconds = sum(watch.ends[i] - watch.ends[i - 1] for i in steps) / len(steps)
     return Part(seconds, flops_of(calls, flops, args, blocks), calls, inside)
 
@@ -257,22 +254,10 @@ def main(script, args):
         print(f"{name:<16}{part.seconds:.3g} s, {part.flops / 1e12:.3g} TFLOP, {share}")
         print(f"  samples       {', '.join(f'{role} {n:g}' for role, n in forwards.items())}; backward {back:g}")
         if not watch.cuda:
-            inside = {what: seconds / part.seconds for what, seconds in part.inside.items()}
-            rest = 1 - sum(inside.values())
-            print(
-                f"  time          {', '.join(f'{what} {share:.0%}' for what, share in inside.items())}, rest {rest:.0%}"
-            )
+            shares = {what: seconds / part.seconds for what, seconds in part.inside.items()}
+            shares["rest"] = 1 - sum(shares.values())
+            print(f"  time          {', '.join(f'{what} {share:.0%}' for what, share in shares.items())}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        asked = {"-h", "--help"} & set(sys.argv)
-        print(__doc__, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    with one_line_errors():
-        name = sys.argv.pop(1).removesuffix(".py")
-        if name not in cost.METHODS:
-            raise Fatal(f"unknown script {name!r}: use {', '.join(cost.METHODS)}")
-        sys.argv[0] = f"{name}.py"
-        named = import_module(name)
-        main(named, parse_args(args_of(named), named.RECIPES))
+    cost.start(__doc__, main, args_of)
