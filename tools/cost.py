@@ -305,7 +305,7 @@ def planned(name, teacher, gpus, **flags):
 
 
 def start(doc, main, args_of, others=None):
-    """Run a tool whose first word is a script's name, and the rest its flags. others: {another first word: function}."""
+    """Run a tool whose first word is a script's name, and the rest its flags. others: {another word: function}."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         asked = {"-h", "--help"} & set(sys.argv)
         print(doc, file=sys.stdout if asked else sys.stderr)
