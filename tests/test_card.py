@@ -46,7 +46,10 @@ def test_nothing_but_the_teacher(teacher, tmp_path, capsys):
         assert "diversity" in table and "right" not in table
     out = capsys.readouterr().out
     assert f"starting from fake_score, student of {only_run(tmp_path, dmd2)}" in out
-    assert "other noise levels than this run's: --student-sigmas 1.0 0.9 0.757 0.522 are" in out, "DFD has its own"
+    said = "other noise levels than this run's: --student-sigmas 1.0 0.9 0.757 0.522 in"
+    assert said in out and out.index(said) < out.index("starting from"), (
+        "DFD has its own, and says so before its samples"
+    )
     # prompts that ship with the repository; clips by the teacher for dmd2.py and dfd.py, pairs for dmd.py
     made = list((tmp_path / "cache").glob("pairs_*"))
     assert len(made) == 3, "guidance and steps differ, so each has its own"

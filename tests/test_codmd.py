@@ -68,8 +68,8 @@ def test_lengths_of_rows_do_not_matter():
 
 
 def test_it_pushes_within_the_span_of_the_batch_and_not_at_all_where_all_are_alike():
-    """docs/codmd.md, Limits: teacher and fake score enter as numbers only, so a mode that no sample shows is in no push;
-    and samples that are alike but for eps are pushed by a multiple of eps.
+    """docs/codmd.md, Limits: teacher and fake score enter as numbers only, so a mode that no sample shows is in no
+    push; and samples that are alike but for eps are pushed by a multiple of eps.
     """
     real, fake, shared, own = rows(4, 9, seed=1), rows(4, 9, seed=2), rows(1, 9, seed=3), rows(4, 9, seed=4)
 
