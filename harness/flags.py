@@ -122,9 +122,6 @@ def check_flags(args):
                 must = " and ".join(f"{words[k]} {b:g}" for k, b in bounds.items()) or "finite"
                 raise Fatal(f"--{name.replace('_', '-')} must be {must}, got {number}")
 
-    for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
-        if (path := getattr(args, name, None)) and not Path(path).exists():
-            raise Fatal(f"--{name}: no such file or folder {path}")
     low, high = getattr(args, "score_times", (0, 1))
     if low >= high:
         raise Fatal(f"--score-times must rise, got {low} {high}")

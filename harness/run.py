@@ -50,6 +50,9 @@ class Run:
 
     def __init__(self, script, args):
         check_flags(args)
+        for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
+            if (path := getattr(args, name, None)) and not Path(path).exists():
+                raise Fatal(f"--{name}: no such file or folder {path}")
         self.script, self.signal, self.handlers = Path(script), 0, {}
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.device, self.rank = common.init_distributed(), dist.get_rank()
