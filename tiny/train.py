@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 
 from tiny.training.image_to_video import train_image_to_video  # noqa: E402
 from tiny.training.report import denoiser, levels, report  # noqa: E402
-from tiny.training.teacher import train_teacher  # noqa: E402
+from tiny.training.teacher import Clips, train_teacher  # noqa: E402
 from tiny.training.vae import vae_stage  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -128,7 +128,7 @@ def main(args):
     if args.stage in ("all", "vae"):
         vae_stage(args)
     if args.stage in ("all", "teacher"):
-        train_teacher(args)
+        train_teacher(args, Clips(args))
     if args.stage in ("all", "report"):
         report(args)
     if args.stage == "image-to-video":

@@ -19,13 +19,13 @@ from tiny import world
 from tiny.training.optim import Muon, generator, load_state, save_state, trapezoid_lr
 from tiny.training.vae import normalised
 
-TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 4 tokens
+TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 6 tokens
 STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
 
 
-def build_tokenizer():
+def build_tokenizer(captions=world.CAPTIONS):
     """A word-level tokenizer of the captions' words, with T5's special tokens: one `</s>` at the end, then padding."""
-    words = dict.fromkeys(word for caption in world.CAPTIONS for word in caption.split())
+    words = dict.fromkeys(word for caption in captions for word in caption.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -54,7 +54,7 @@ def build_text_encoder(vocabulary):
     return UMT5EncoderModel(config)
 
 
-def build_transformer():
+def build_transformer(layers=4):
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),  # 5 x 8 x 8 latents, 80 tokens
         num_attention_heads=4,
@@ -64,7 +64,7 @@ def build_transformer():
         text_dim=32,
         freq_dim=64,
         ffn_dim=384,
-        num_layers=4,
+        num_layers=layers,
         cross_attn_norm=True,
         rope_max_seq_len=64,
     )
@@ -76,7 +76,7 @@ class PaddedText(WanAttnProcessor):
     """Cross-attention over the real tokens and ONE padding token that stands for all of them.
 
     WanPipeline pads embeddings with zeros up to any length and does not mask them. n equal keys count as one key with
-    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 5.
+    log(n) added to its logit, so training can see 16 and 512 tokens at the price of the longest caption's and one.
     """
 
     bias = None  # [b, 1, 1, tokens], set before each forward
@@ -100,7 +100,7 @@ def padding_bias(text, g):
     return bias
 
 
-def cached_latents(args, vae, name):
+def cached_latents(args, vae, name, world=world):
     """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w], and caption indices.
 
     Encoded in chunks, in files of that name in --work, so that an interrupted run goes on where it stopped.
@@ -122,13 +122,38 @@ def cached_latents(args, vae, name):
     return torch.cat([c["latents"] for c in chunks]), torch.cat([c["labels"] for c in chunks])
 
 
-def save_teacher(args, transformer, text_encoder):
+class Clips:
+    """The training clips, what is said of them, and the expected clip behind a noisy one."""
+
+    world, layers = world, 4
+    above = 0.8  # the noise level above which the clip behind x_t is anybody's guess
+
+    def __init__(self, args):
+        vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
+        latents, labels = cached_latents(args, vae, "latents", self.world)
+        order = labels.argsort(stable=True)
+        self.latents, self.labels = latents[order].float(), labels[order]
+        counts = torch.bincount(self.labels, minlength=len(self.world.CAPTIONS)).tolist()
+        self.true = [(clips, clips.square().sum(1)) for clips in self.latents.flatten(1).split(counts)]
+
+    def shown(self, rows, drop, g):
+        """Indices of the captions shown with these clips, [b]; past the last one where the caption is dropped."""
+        return torch.where(drop, len(self.world.CAPTIONS), self.labels[rows])
+
+    def expect(self, x0, x_t, sigma, shown):
+        """Put the expected clip behind x_t in the place of x0 where the noise is high. The empty caption has none."""
+        for caption in shown[(sigma > self.above) & (shown < len(self.true))].unique():
+            same = (shown == caption) & (sigma > self.above)  # below, only the clip itself counts
+            x0[same] = posterior_mean(x_t[same], sigma[same], *self.true[caption])
+
+
+def save_teacher(args, transformer, text_encoder, captions):
     """Write the whole pipeline aside, then swap it in."""
     aside, old = args.out.with_name(args.out.name + ".new"), args.out.with_name(args.out.name + ".old")
     for folder in (aside, old):
         shutil.rmtree(folder, ignore_errors=True)
     pipe = WanPipeline(
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(captions),
         text_encoder=text_encoder,
         vae=AutoencoderKLWan.from_pretrained(args.work / "vae"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=args.shift),
@@ -157,17 +182,13 @@ def posterior_mean(x_t, sigma, clips, squares):
     return (torch.softmax(logits, dim=1) @ clips).view_as(x_t)
 
 
-def train_teacher(args):
-    """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
-    latents, labels = cached_latents(args, AutoencoderKLWan.from_pretrained(args.work / "vae"), "latents")
-    order = labels.argsort(stable=True)
-    latents, labels = latents[order].float(), labels[order]
-    counts = torch.bincount(labels, minlength=len(world.CAPTIONS)).tolist()
-    members = [(clips, clips.square().sum(1)) for clips in latents.flatten(1).split(counts)]  # of each caption
+def train_teacher(args, data):
+    """Train transformer and text encoder on `data`, the Clips, and write the pipeline with their weight averages."""
+    captions, latents = data.world.CAPTIONS, data.latents
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    tokens = tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
-    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
+    tokenizer = build_tokenizer(captions)
+    tokens = tokenizer([*captions, ""], padding=True, return_tensors="pt")
+    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer(data.layers)
     ema_text, ema = deepcopy(text_encoder), deepcopy(transformer)  # made first: they keep the stock processors
     ema_text.requires_grad_(False), ema.requires_grad_(False)
     padded = PaddedText()
@@ -198,10 +219,8 @@ def train_teacher(args):
         x_t = (1 - s) * x0 + s * noise
 
         drop = torch.rand(args.batch, generator=g) < args.dropout
-        shown = torch.where(drop, len(world.CAPTIONS), labels[rows])
-        for label, (clips, squares) in enumerate(members):
-            same = (shown == label) & (sigma > 0.8)  # below, only the clip itself counts
-            x0[same] = posterior_mean(x_t[same], sigma[same], clips, squares)
+        shown = data.shown(rows, drop, g)
+        data.expect(x0, x_t, sigma, shown)
         text = text_table(text_encoder, tokens)[shown]
         padded.bias = padding_bias(text, g)
 
@@ -222,4 +241,4 @@ def train_teacher(args):
             print(f"teacher {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_state(snapshot, step + 1, modules, optimizer)
-            save_teacher(args, ema, ema_text)
+            save_teacher(args, ema, ema_text, captions)

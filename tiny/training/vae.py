@@ -110,8 +110,8 @@ def reconstruct(vae, videos, g, extra_noise):
     return loss, kl, (error**2).mean().item()
 
 
-def train_vae(args, name, params, vae, first, steps, lr, extra_noise=0.0):
-    """Train `params` of the VAE, in place, for `steps` updates on clips from index `first` on."""
+def train_vae(args, name, params, vae, first, steps, lr, extra_noise=0.0, world=world):
+    """Train `params` of the VAE, in place, for `steps` updates on the world's clips from index `first` on."""
     matrices = [p for p in params if p.ndim > 1]
     optimizer = Muon(matrices, [p for p in params if p.ndim == 1], lr)
     snapshot = args.work / f"{name}.safetensors"
@@ -135,15 +135,16 @@ def train_vae(args, name, params, vae, first, steps, lr, extra_noise=0.0):
             save_state(snapshot, step + 1, {"vae": vae}, optimizer)
 
 
-def vae_stage(args):
+def vae_stage(args, world=world):
     """Train encoder and decoder, then the decoder alone, measure the latents, and save it all in the work folder."""
     torch.manual_seed(args.seed)
     vae = build_vae()
-    train_vae(args, "vae", list(vae.parameters()), vae, 0, args.vae_steps, args.vae_lr)
+    train_vae(args, "vae", list(vae.parameters()), vae, 0, args.vae_steps, args.vae_lr, world=world)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     params = [p for p in vae.parameters() if p.requires_grad]
-    train_vae(args, "decoder", params, vae, args.vae_steps * args.vae_batch, args.decoder_steps, args.vae_lr / 2, 1.0)
+    first = args.vae_steps * args.vae_batch
+    train_vae(args, "decoder", params, vae, first, args.decoder_steps, args.vae_lr / 2, 1.0, world)
     with torch.no_grad():
         means = torch.cat([encode(vae, world.batch(args.seed + 1, range(i, i + 64))[0])[0] for i in range(0, 2048, 64)])
     vae.register_to_config(
