@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 from einops import rearrange
 
+import dmd2
+from experiments import modes
+from tests.conftest import only_run, small_args
 from tests.test_tiny import ghost, smear, two_shapes, vanish
 from tiny.modes import measures, train, world
 
@@ -250,3 +253,25 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             train.main(train.Args(**bad))
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_counting_the_modes_of_a_run(tmp_path, capsys, fails):
+    """The program on a run of one update: a row for data, teacher and each checkpoint, and other teachers refused."""
+    flags = {
+        "prompts": str(TEACHER.parent / "open.txt"),
+        "guidance_scale": 1.0,
+        "gan_weight": 0.0,
+        "runs_dir": tmp_path,
+    }
+    flags |= {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
+    dmd2.main(small_args(dmd2, teacher=str(TEACHER), steps=2, save_every=1, **flags))
+    run, out = str(only_run(tmp_path, dmd2)), tmp_path / "out"
+    modes.main(modes.Args(runs=(run,), seeds=2, teacher_steps=2, out=out))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "table.md").read_text().splitlines()]
+    assert [row[0] for row in rows[2:]] == ["data", "teacher, 2 steps", "dmd2, 1 steps", "dmd2, 2 steps"]
+    assert float(rows[2][1]) == 100 and 0.2 < float(rows[2][2]) < 0.55  # two samples: at most ln 2 / ln n
+    assert (out / "sheet.png").stat().st_size > 10_000
+    dmd2.main(small_args(dmd2, steps=1, gan_weight=0.0, runs_dir=tmp_path / "other"))
+    other = (str(only_run(tmp_path / "other", dmd2)),)
+    fails(lambda: modes.main(modes.Args(runs=other, out=out)), "another teacher", "tiny/modes/teacher")
+    fails(lambda: modes.main(modes.Args(runs=(), out=out)), "at least one run")
