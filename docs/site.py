@@ -146,7 +146,7 @@ def pair_page(a, b, notes, context=3):
     for i, (changed, group) in enumerate(groups):
         if changed:
             said = "".join(f"<p>{note}</p>" for note in places.get(block, ()))
-            margin = f'<aside id="note-{block}">{said}</aside>' if said else ""
+            margin = f"<aside>{said}</aside>" if said else ""
             rows = "".join(row(line, "changed") for line in group)
             out.append(f'<div class="block"><div>{rows}</div>{margin}</div>')
             block += 1

@@ -88,7 +88,7 @@ def main(args):
     for script, run_args, checkpoint in loaded:
         students = students_of(model, device, script, run_args, checkpoint, raw=False)
         step = int(checkpoint.name.removeprefix("step_"))
-        add(f"{script.__name__}, {step} steps", sample(partial(script.sample_student, students, args=run_args)))
+        add(f"{script.__name__}, after {step} steps", sample(partial(script.sample_student, students, args=run_args)))
     head = [f"| | {' | '.join(FIGURES.values())} |", f"|---|{'---:|' * len(FIGURES)}"]
     (args.out / "table.md").write_text("\n".join([*head, *lines]) + "\n")
     contact_sheet(args.out / "sheet.png", shown)

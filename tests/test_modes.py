@@ -137,6 +137,12 @@ def test_summary_counts_wrong_captions(clips):
     assert empty["clean"] == 0 and math.isnan(empty["speed_mean"]) and math.isnan(empty["looks"])
 
 
+def test_a_mode_is_present_above_a_quarter_of_its_even_share():
+    """Of 12 modes the even share is 8.3 %: one of 96 samples is below a quarter of it, three are above."""
+    assert measures.spread_over(torch.tensor([0] * 95 + [1]), 12)[1] == pytest.approx(1 / 12)
+    assert measures.spread_over(torch.tensor([0] * 93 + [1] * 3), 12)[1] == pytest.approx(2 / 12)
+
+
 def test_modes_are_counted_per_caption():
     """Of what a caption leaves open: all looks, half of them, one; a wrong sample counts for none."""
     even = [world.caption_of({"color": i % 4, "kind": i % 3, "direction": i // 12}) for i in range(48)]
@@ -268,7 +274,7 @@ def test_counting_the_modes_of_a_run(tmp_path, capsys, fails):
     run, out = str(only_run(tmp_path, dmd2)), tmp_path / "out"
     modes.main(modes.Args(runs=(run,), seeds=2, teacher_steps=2, out=out))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (out / "table.md").read_text().splitlines()]
-    assert [row[0] for row in rows[2:]] == ["data", "teacher, 2 steps", "dmd2, 1 steps", "dmd2, 2 steps"]
+    assert [row[0] for row in rows[2:]] == ["data", "teacher, 2 steps", "dmd2, after 1 steps", "dmd2, after 2 steps"]
     assert float(rows[2][1]) == 100 and 0.2 < float(rows[2][2]) < 0.55  # two samples: at most ln 2 / ln n
     assert (out / "sheet.png").stat().st_size > 10_000
     dmd2.main(small_args(dmd2, steps=1, gan_weight=0.0, runs_dir=tmp_path / "other"))

@@ -23,7 +23,7 @@ def fit(videos, templates):
     """Least squares of videos [b, 3, f, h, w] by ground + template * (color - ground), for templates [b, k, f, h, w].
 
     Color and ground are one per clip and template. Returns the energy of template * (color - ground) [b, k, f], color
-    and ground [b, k, 3], and the squared error [b, k, f].
+    [b, k, 3], ground [b, k, 3, 1], and the squared error [b, k, f].
     """
     pixels = rearrange(videos, "b c f h w -> b 1 c f (h w)")
     t = rearrange(templates, "b k f h w -> b k 1 f (h w)")
@@ -33,16 +33,16 @@ def fit(videos, templates):
     ground = mean_p - slope * mean_t
     error = reduce((pixels - ground - slope * t) ** 2, "b k c f p -> b k f", "sum")
     signal = reduce((slope * t) ** 2, "b k c f p -> b k f", "sum")
-    return signal, (ground + slope)[..., 0, 0], ground[..., 0, 0], error
+    return signal, (ground + slope)[..., 0, 0], ground[..., 0], error
 
 
-def read_factors(videos):
+def read_factors(videos, fit=fit, sizes=RANGES["size"]):
     """Recover the factors of videos [b, 3, f, h, w] in [0, 1]; a dict of [b] tensors.
 
     clean       bool: one shape of one colour and one size, on plain grey, in every frame
     color, kind indices into COLORS and KINDS
     x, y        position at frame 0, from a straight line fitted to the centroids; direction and speed are its slope
-    size, brightness, saturation, background   as in RANGES
+    size, brightness, saturation, background   as in RANGES; ground: its grey as a world's `fit` has it, [b, 1 or f]
     coherence   RMS distance of the centroids from that line, in pixels: 0 for straight steady motion
     residual    what clean is decided by, see below
 
@@ -52,7 +52,7 @@ def read_factors(videos):
     RMS of the shape: half a shape, a second shape, a ghost, a blob or a change of size or colour is above it.
     """
     if len(videos) > 256:  # small enough to stay in the processor's cache
-        parts = [read_factors(part) for part in videos.split(256)]
+        parts = [read_factors(part, fit, sizes) for part in videos.split(256)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     videos = videos.detach().float().nan_to_num()
     chroma = videos.amax(1) - videos.amin(1)
@@ -72,18 +72,17 @@ def read_factors(videos):
     # a sharp one of that kind finds the colour, and from it the size anew: the plateau's brightest pixels overstate the
     # colour, so the first size is too small
     _, color, ground, _ = fit(videos, coverage(x, y, size)[rows, kind][:, None])
-    tint = (color - ground)[:, 0]
+    tint = (color - ground.mean(-1))[:, 0]
     size = size * torch.sqrt(plateau / (tint.amax(1) - tint.amin(1)).clamp(min=1e-4)).clamp(0.8, 1.25)
     # one of that size finds colour and background, and what is left unexplained
     signal, color, ground, error = fit(videos, coverage(x, y, size)[rows, kind][:, None])
     residual = torch.sqrt(error / signal.clamp(min=1e-6)).amax((1, 2))
-    color, ground = color[:, 0], ground[:, 0]
+    color, ground = color[:, 0], ground[:, 0].mean(1)
 
     value, low = color.amax(1), color.amin(1)
     hue = torch.atan2(math.sqrt(3) * (color[:, 1] - color[:, 2]), 2 * color[:, 0] - color[:, 1] - color[:, 2])
     away = (hue[:, None] * 180 / math.pi - HUES.to(hue) + 180) % 360 - 180
-    low_size, high_size = RANGES["size"]
-    clean = (residual < MAX_RESIDUAL) & (value - low > MIN_CHROMA) & (size > low_size / 2) & (size < high_size * 1.5)
+    clean = (residual < MAX_RESIDUAL) & (value - low > MIN_CHROMA) & (size > sizes[0] / 2) & (size < sizes[1] * 1.5)
 
     time = torch.arange(videos.shape[2], device=videos.device) - (videos.shape[2] - 1) / 2
     vx = (x * time).sum(1) / (time**2).sum()
@@ -102,6 +101,7 @@ def read_factors(videos):
         "brightness": value,
         "saturation": (value - low) / value.clamp(min=1e-4),
         "background": ground.mean(1),
+        "ground": ground,
         "coherence": torch.sqrt((off_x**2 + off_y**2).mean(1)),
         "residual": residual,
     }

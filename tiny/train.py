@@ -117,7 +117,7 @@ def check(args):
         except Exception as error:  # of a damaged folder each of its libraries raises its own
             problem = f"cannot read the teacher in {args.out}: {str(error).strip().splitlines()[0]}"
     if problem:
-        print(f"tiny/train.py: {problem}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {problem}", file=sys.stderr)
         sys.exit(2)
 
 

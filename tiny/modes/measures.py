@@ -8,8 +8,8 @@ import math
 import torch
 from einops import rearrange, reduce
 
-from tiny.measures import HUES, MAX_RESIDUAL, MIN_CHROMA
-from tiny.modes.world import KINDS, MODES, NAMED, RANGES, SIZE, STEPS, coverage
+from tiny import measures
+from tiny.modes.world import KINDS, MODES, NAMED, RANGES, STEPS
 
 # the free factors whose mean and spread `summary` gives
 FREE = ["x", "y", *RANGES]
@@ -19,8 +19,8 @@ def fit(videos, templates):
     """Least squares of videos [b, 3, f, h, w] by ground + template * (color - ground), for templates [b, k, f, h, w].
 
     The colour is one per clip and template, the ground one per frame: the mean where the template is 0. Returns the
-    energy of template * (color - ground) [b, k, f], color [b, k, 3], ground [b, k, 3, f], and the squared error
-    [b, k, f].
+    energy of template * (color - ground) [b, k, f], color [b, k, 3], ground as a grey [b, k, 3, f], and the squared
+    error [b, k, f].
     """
     pixels = rearrange(videos, "b c f h w -> b 1 c f (h w)")
     t = rearrange(templates, "b k f h w -> b k 1 f (h w)")
@@ -30,78 +30,21 @@ def fit(videos, templates):
     color = (t * rest).sum((-2, -1), keepdim=True) / (t * t).sum((-2, -1), keepdim=True).clamp(min=1e-6)
     error = reduce((rest - color * t) ** 2, "b k c f p -> b k f", "sum")
     signal = reduce(((color - ground) * t) ** 2, "b k c f p -> b k f", "sum")
-    return signal, color[..., 0, 0], ground[..., 0], error
+    return signal, color[..., 0, 0], ground[..., 0].mean(2, keepdim=True).expand(-1, -1, 3, -1), error
 
 
 def read_factors(videos):
-    """Recover the factors of videos [b, 3, f, h, w] in [0, 1]; a dict of [b] tensors.
+    """Recover the factors of videos [b, 3, f, h, w] in [0, 1]: those of tiny.measures.read_factors, and
 
-    clean       bool: one shape of one colour and one size, on plain grey, in every frame
-    color, kind, direction   indices into COLORS, KINDS and DIRECTIONS
-    x, y        position at frame 0, from a straight line fitted to the centroids
-    speed       that line's slope; its direction is the nearest of DIRECTIONS
-    size, brightness, saturation, background, ramp   as in RANGES
-    coherence   RMS distance of the centroids from that line, in pixels: 0 for straight steady motion
-    residual    what clean is decided by, see below
-
-    The background is grey, so max - min over the channels is exactly linear in how much of a pixel the shape covers.
-    Area and centroids follow. Then each kind is drawn there and fitted to the pixels, and the one that explains them
-    best is taken. Clean means that in its worst frame the RMS of what is left unexplained is below MAX_RESIDUAL of the
-    RMS of the shape: half a shape, a second shape, a ghost, a blob or a change of size or colour is above it.
+    direction   index into DIRECTIONS, the nearest one
+    ramp        as in RANGES, from a straight line fitted to the background's level
     """
-    if len(videos) > 256:  # small enough to stay in the processor's cache
-        parts = [read_factors(part) for part in videos.split(256)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    videos = videos.detach().float().nan_to_num()
-    chroma = videos.amax(1) - videos.amin(1)
-    # the plateau: colour inside the shape, safe from its soft edge because even the smallest has 10 inner pixels
-    plateau = chroma.flatten(2).topk(10).values.mean(dim=(1, 2)).clamp(min=1e-4)
-    alpha = chroma / rearrange(plateau, "b -> b 1 1 1")
-    alpha = alpha.clamp(max=1) * (alpha > 0.12)  # the codec's noise on the background is no shape
-    area = reduce(alpha, "b f h w -> b f", "sum")
-    grid = torch.arange(SIZE, device=videos.device) + 0.5
-    x = (alpha * grid).sum((-2, -1)) / area.clamp(min=1e-4)
-    y = (alpha * grid[:, None]).sum((-2, -1)) / area.clamp(min=1e-4)
-    size = torch.sqrt(area.mean(1) / math.pi)
-
-    # soft templates find the kind, because a codec rounds corners
-    kind = fit(videos, coverage(x, y, size, edge=2.0))[3].sum(-1).argmin(1)
-    rows = torch.arange(len(videos), device=videos.device)
-    # a sharp one of that kind finds the colour, and from it the size anew: the plateau's brightest pixels overstate the
-    # colour, so the first size is too small
-    tint = fit(videos, coverage(x, y, size)[rows, kind][:, None])[1][:, 0]
-    size = size * torch.sqrt(plateau / (tint.amax(1) - tint.amin(1)).clamp(min=1e-4)).clamp(0.8, 1.25)
-    # one of that size finds colour and background, and what is left unexplained
-    signal, color, ground, error = fit(videos, coverage(x, y, size)[rows, kind][:, None])
-    residual = torch.sqrt(error / signal.clamp(min=1e-6)).amax((1, 2))
-    color, ground = color[:, 0], ground[:, 0].mean(1)  # grey, [b, f]
-
-    value, low = color.amax(1), color.amin(1)
-    hue = torch.atan2(math.sqrt(3) * (color[:, 1] - color[:, 2]), 2 * color[:, 0] - color[:, 1] - color[:, 2])
-    away = (hue[:, None] * 180 / math.pi - HUES.to(hue) + 180) % 360 - 180
-    low_size, high_size = RANGES["size"]
-    clean = (residual < MAX_RESIDUAL) & (value - low > MIN_CHROMA) & (size > low_size / 2) & (size < high_size * 1.5)
-
-    time = torch.arange(videos.shape[2], device=videos.device) - (videos.shape[2] - 1) / 2
-    vx, vy, brighter = ((values * time).sum(1) / (time**2).sum() for values in (x, y, ground))
-    off_x = x - x.mean(1, keepdim=True) - vx[:, None] * time
-    off_y = y - y.mean(1, keepdim=True) - vy[:, None] * time
-    return {
-        "clean": clean,
-        "color": away.abs().argmin(1),
-        "kind": kind,
-        "x": x.mean(1) + vx * time[0],
-        "y": y.mean(1) + vy * time[0],
-        "direction": (torch.stack([vx, vy], dim=1) @ torch.tensor(STEPS).to(vx).T).argmax(1),
-        "speed": torch.sqrt(vx**2 + vy**2),
-        "size": size,
-        "brightness": value,
-        "saturation": (value - low) / value.clamp(min=1e-4),
-        "background": ground.mean(1),
-        "ramp": brighter * (videos.shape[2] - 1),
-        "coherence": torch.sqrt((off_x**2 + off_y**2).mean(1)),
-        "residual": residual,
-    }
+    f = measures.read_factors(videos, fit, RANGES["size"])
+    moved = torch.stack([torch.cos(f["direction"]), torch.sin(f["direction"])], dim=1)
+    ground, frames = f.pop("ground"), videos.shape[2]
+    time = torch.arange(frames, device=videos.device) - (frames - 1) / 2
+    ramp = (ground * time).sum(1) / (time**2).sum() * (frames - 1)
+    return f | {"direction": (moved @ torch.tensor(STEPS).to(moved).T).argmax(1), "ramp": ramp}
 
 
 def spread_over(values, count):

@@ -46,12 +46,11 @@ def contact_sheet(columns):
     return torch.cat(sheets[:-1], dim=1).numpy()
 
 
-def report(args):
-    """Print the table of data, reconstructions and teacher, and write samples.png beside the folder of the weights."""
-    pipe = WanPipeline.from_pretrained(args.out)
+def columns_of(pipe, videos, captions, guidance_scale):
+    """{name: videos [b, 3, f, h, w]}: these clips, their reconstructions, and the teacher's samples of their captions
+    without and with guidance. Prints how fast each was made.
+    """
     pipe.set_progress_bar_config(disable=True)
-    captions = [world.CAPTIONS[i % len(world.CAPTIONS)] for i in range(args.samples)]
-    videos, _ = world.batch(args.seed + 3, range(args.samples), captions)
     with torch.no_grad():
         means = [pipe.vae.encode(x * 2 - 1).latent_dist.mode() for x in videos.split(64)]
         begin = time.time()
@@ -60,10 +59,19 @@ def report(args):
     psnr = -10 * torch.log10(F.mse_loss(reconstructions, videos))
     print(f"reconstruction PSNR: {psnr:.1f} dB")
     columns = {"data": videos, "reconstructions": reconstructions}
-    for g in (1.0, args.guidance_scale):
+    for g in (1.0, guidance_scale):
         begin = time.time()
         columns[f"teacher, guidance {g:g}"] = sample(pipe, captions, g)
         print(f"sampling, guidance {g:g}: {len(videos) / (time.time() - begin):.2f} clips/s, 50 steps and decoding")
+    return columns
+
+
+def report(args):
+    """Print the table of data, reconstructions and teacher, and write samples.png beside the folder of the weights."""
+    pipe = WanPipeline.from_pretrained(args.out)
+    captions = [world.CAPTIONS[i % len(world.CAPTIONS)] for i in range(args.samples)]
+    videos, _ = world.batch(args.seed + 3, range(args.samples), captions)
+    columns = columns_of(pipe, videos, captions, args.guidance_scale)
     figures = {name: measures.summary(x, captions) for name, x in columns.items()}
     # what a user gets who does not know about the short texts, on fewer samples because 512 tokens are slow
     few = captions[:48]
