@@ -19,7 +19,7 @@ from tiny import world
 from tiny.training.optim import Muon, generator, load_state, save_state, trapezoid_lr
 from tiny.training.vae import normalised
 
-TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 4 tokens
+TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 6 tokens
 STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
 
 
@@ -64,7 +64,7 @@ def build_transformer():
         text_dim=32,
         freq_dim=64,
         ffn_dim=384,
-        num_layers=4,
+        num_layers=6,
         cross_attn_norm=True,
         rope_max_seq_len=64,
     )
@@ -76,7 +76,7 @@ class PaddedText(WanAttnProcessor):
     """Cross-attention over the real tokens and ONE padding token that stands for all of them.
 
     WanPipeline pads embeddings with zeros up to any length and does not mask them. n equal keys count as one key with
-    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 5.
+    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 7.
     """
 
     bias = None  # [b, 1, 1, tokens], set before each forward
@@ -101,7 +101,7 @@ def padding_bias(text, g):
 
 
 def cached_latents(args, vae, name):
-    """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w], and caption indices.
+    """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w].
 
     Encoded in chunks, in files of that name in --work, so that an interrupted run goes on where it stopped.
     """
@@ -110,16 +110,21 @@ def cached_latents(args, vae, name):
     for first in range(0, args.clips, size):
         path = args.work / f"{name}-{args.seed + 2}-{first}.safetensors"
         if not path.exists():
-            latents, labels = [], []
+            latents = []
             for i in range(first, first + size, 64):
-                videos, captions = world.batch(args.seed + 2, range(i, i + 64))
                 with torch.no_grad():
-                    latents.append(normalised(vae, videos).half().contiguous())
-                labels += [world.CAPTIONS.index(caption) for caption in captions]
-            save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, f"{path}.tmp")
+                    latents.append(normalised(vae, world.batch(args.seed + 2, range(i, i + 64))[0]).half().contiguous())
+            save_file({"latents": torch.cat(latents)}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
-        chunks.append(load_file(path))
-    return torch.cat([c["latents"] for c in chunks]), torch.cat([c["labels"] for c in chunks])
+        chunks.append(load_file(path)["latents"])
+    return torch.cat(chunks)
+
+
+def caption_levels(args):
+    """Captions of the training clips, int64 [n, levels]: at each level of detail the one that is true of a clip."""
+    rows = [world.draw_factors(args.seed + 2, i) for i in range(args.clips)]
+    said = [[world.caption_of({name: f[name] for name in names}) for names in world.LEVELS.values()] for f in rows]
+    return torch.tensor([[world.CAPTIONS.index(caption) for caption in captions] for captions in said])
 
 
 def save_teacher(args, transformer, text_encoder):
@@ -159,11 +164,10 @@ def posterior_mean(x_t, sigma, clips, squares):
 
 def train_teacher(args):
     """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
-    latents, labels = cached_latents(args, AutoencoderKLWan.from_pretrained(args.work / "vae"), "latents")
-    order = labels.argsort(stable=True)
-    latents, labels = latents[order].float(), labels[order]
-    counts = torch.bincount(labels, minlength=len(world.CAPTIONS)).tolist()
-    members = [(clips, clips.square().sum(1)) for clips in latents.flatten(1).split(counts)]  # of each caption
+    latents = cached_latents(args, AutoencoderKLWan.from_pretrained(args.work / "vae"), "latents").float()
+    captions, empty = caption_levels(args), len(world.CAPTIONS)
+    true = [latents[(captions == caption).any(1)].flatten(1) for caption in range(empty)] + [latents.flatten(1)]
+    squares = [clips.square().sum(1) for clips in true]  # of the clips that each caption, and the empty one, is true of
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     tokens = tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
@@ -198,10 +202,11 @@ def train_teacher(args):
         x_t = (1 - s) * x0 + s * noise
 
         drop = torch.rand(args.batch, generator=g) < args.dropout
-        shown = torch.where(drop, len(world.CAPTIONS), labels[rows])
-        for label, (clips, squares) in enumerate(members):
-            same = (shown == label) & (sigma > 0.8)  # below, only the clip itself counts
-            x0[same] = posterior_mean(x_t[same], sigma[same], clips, squares)
+        detail = torch.randint(captions.shape[1], (args.batch,), generator=g)
+        shown = torch.where(drop, empty, captions[rows, detail])
+        for caption in shown[sigma > 0.8].unique():
+            same = (shown == caption) & (sigma > 0.8)  # below, only the clip itself counts
+            x0[same] = posterior_mean(x_t[same], sigma[same], true[caption], squares[caption])
         text = text_table(text_encoder, tokens)[shown]
         padded.bias = padding_bias(text, g)
 
