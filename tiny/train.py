@@ -53,9 +53,9 @@ class Args:
     """Peak learning rate of the VAE, after a warm-up and before a cosine to zero."""
     kl_weight: float = 3e-3
     """Weight of the mean KL per latent value against the mean absolute error per pixel."""
-    clips: int = 32768
+    clips: int = 16384
     """Clips that the teacher trains on, encoded once."""
-    steps: int = 18000
+    steps: int = 15000
     """Teacher updates."""
     i2v_steps: int = 6000
     """Updates of the image-to-video teacher, at half the learning rate."""

@@ -166,8 +166,8 @@ def train_teacher(args):
     """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
     latents = cached_latents(args, AutoencoderKLWan.from_pretrained(args.work / "vae"), "latents").float()
     captions, empty = caption_levels(args), len(world.CAPTIONS)
-    true = [latents[(captions == caption).any(1)].flatten(1) for caption in range(empty)] + [latents.flatten(1)]
-    squares = [clips.square().sum(1) for clips in true]  # of the clips that each caption, and the empty one, is true of
+    true = [latents[(captions == caption).any(1)].flatten(1) for caption in range(empty)]  # clips of each caption
+    squares = [clips.square().sum(1) for clips in true]
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     tokens = tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
@@ -204,8 +204,9 @@ def train_teacher(args):
         drop = torch.rand(args.batch, generator=g) < args.dropout
         detail = torch.randint(captions.shape[1], (args.batch,), generator=g)
         shown = torch.where(drop, empty, captions[rows, detail])
-        for caption in shown[sigma > 0.8].unique():
-            same = (shown == caption) & (sigma > 0.8)  # below, only the clip itself counts
+        said = torch.where(drop, world.CAPTIONS.index("a shape"), shown)  # which says no more than the empty caption
+        for caption in said[sigma > 0.85].unique():
+            same = (said == caption) & (sigma > 0.85)  # below, only the clip itself counts
             x0[same] = posterior_mean(x_t[same], sigma[same], true[caption], squares[caption])
         text = text_table(text_encoder, tokens)[shown]
         padded.bias = padding_bias(text, g)
