@@ -21,10 +21,10 @@ class Args:
     """Only compare the files in docs/diffs/ with what would be written."""
 
 
-def unified(a, b):
+def unified(a, b, context=3):
     """Lines of `diff -u a.py b.py`, both names without .py; not difflib's, which are not the fewest."""
     names = [f"{a}.py", f"{b}.py"]
-    words = ["diff", "-u", "--label", names[0], "--label", names[1], *names]
+    words = ["diff", f"-U{context}", "--label", names[0], "--label", names[1], *names]
     return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 
 

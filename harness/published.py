@@ -41,6 +41,8 @@ def check(path, teacher):
     elif not ((path / "checkpoints").is_dir() or (path / "checkpoint.json").is_file() or why_not(teacher)):
         folder = path / "transformer" if (path / "transformer").is_dir() else path
         files = sorted(folder.glob("*.safetensors"))
+        if loras := [file for file in files if "lora" in file.name]:
+            raise Fatal(f"--init: {folder} holds a LoRA: name the file, {loras[0]}")
         with readable(folder):
             weights = dict(chain.from_iterable(load_file(file).items() for file in files))
         if reason := files and misfit(weights, empty(teacher)):

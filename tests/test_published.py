@@ -388,6 +388,12 @@ def test_a_folder_that_does_not_fit_is_one_line_before_anything_is_made(tmp_path
     run = lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path / "runs", init=str(tmp_path)))
     fails(run, "--init", "do not fit", "blocks.0.to_gate_compress.weight is unknown")
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "exported").mkdir()
+    save_file(
+        {"transformer.proj_out.lora_A.weight": torch.zeros(2, 96)}, tmp_path / "exported/student_lora.safetensors"
+    )
+    run = lambda: dmd2.main(small_args(dmd2, runs_dir=tmp_path / "runs", init=str(tmp_path / "exported")))
+    fails(run, "exported holds a LoRA: name the file", "student_lora.safetensors")
 
 
 @pytest.mark.parametrize(
