@@ -57,7 +57,7 @@ class Args:
     """Clips that the teacher trains on, encoded once."""
     steps: int = 15000
     """Teacher updates."""
-    i2v_steps: int = 6000
+    i2v_steps: int = 3000
     """Updates of the image-to-video teacher, at half the learning rate."""
     batch: int = 32
     """Clips per teacher update."""
