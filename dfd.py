@@ -1,7 +1,7 @@
 """DFD: Data-Forcing Distillation (arXiv 2606.18478), a short post-training of a DMD2 student on real videos.
 
-The teacher scores the noised real video instead of the student's (eq. 5 and 8): one line in `main`. It restores what
-DMD2 lost and must stop early: run too long, it loses diversity (docs/dfd.md derives why).
+The teacher scores the noised real video instead of the student's (eq. 5 and 8): one line in `main`. It brings
+colours back that DMD2 lost and must stop early: run too long, it loses diversity (docs/dfd.md derives why).
 
     python dfd.py                                          # from the newest finished dmd2.py run on the tiny teacher
     torchrun --nproc_per_node=8 dfd.py --teacher wan2.1-1.3b
@@ -66,7 +66,7 @@ class Args(RunArgs):
     data_prob: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability that the teacher reads the noised real video in a student step (eq. 9 and 10); 0 is DMD2."""
     init: str | None = "dmd2"
-    """Where student and fake score start, see dmd2.py. From the teacher (None) this is known not to converge."""
+    """Where it starts: a run, or a script's name for its newest. From the teacher (None) it does not converge."""
 
 
 RECIPES = {  # the first row is everybody's; the others change it
@@ -75,9 +75,9 @@ RECIPES = {  # the first row is everybody's; the others change it
     # the two). Its student comes from DMD2 at these noise levels: docs/dfd.md
     "wan2.1-1.3b": {
         "batch_size": 1, "grad_accum": 2, "steps": 100, "student_every": 5, "lr": 1e-5, "fake_score_lr": 1e-5,
-        "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.0,
+        "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.0, "save_every": 20,
         "guidance_scale": 5.0, "shift": 5.0, "student_sigmas": (0.999, 0.937, 0.833, 0.624), "student_input": "data",
-        "score_times": (0.001, 0.999), "gan_weight": 0.0, "discriminator_weight": 1e-2,
+        "score_times": (0.001, 0.999), "gan_weight": 0.0, "discriminator_weight": 1e-2, "preview_every": 20,
         "discriminator_blocks": (15, 22, 29),  # FastGen on Wan
     },
     "wan2.1-14b": {"discriminator_blocks": (20, 29, 39)},  # the paper has none: that of 1.3B
@@ -232,12 +232,12 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    run.restore(networks, optimizers)
 
     settings = (args.guidance_scale, args.shift, args.teacher_steps)
     solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
     if needs_clips(args) and not data.has_clips:
         data = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
+    run.restore(networks, optimizers)
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     if args.preview_every:
         preview.write_data()

@@ -169,7 +169,6 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    run.restore(networks, optimizers)
 
     settings = (args.guidance_scale, args.shift, args.pair_steps)
     solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
@@ -177,6 +176,7 @@ def main(args):
         pairs = common.Shards(args.pairs, model, run.device, args.seed, ("latents", "noise"), settings)
     else:
         pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
+    run.restore(networks, optimizers)
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     if args.preview_every:
         preview.write_data()

@@ -258,7 +258,6 @@ def main(args):
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
-    run.restore(networks, optimizers)
     phases = len(args.phase_ends)
     finished = max(run.step - 1, 0) * phases // args.steps  # by the checkpoint to resume from
     experts = [model.load_network(f"expert_{i}", run.device, base=teacher) for i in range(finished)]
@@ -268,6 +267,7 @@ def main(args):
     solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
     if needs_clips(args) and not data.has_clips:
         data = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
+    run.restore(networks, optimizers)
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     if args.preview_every:
         preview.write_data()

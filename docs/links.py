@@ -2,8 +2,8 @@
 
 A link whose text is code, [`x0_real = …`](../dfd.py#L200), must name the one line that has this code.
 
-python docs/links.py            # write the numbers of today
-python docs/links.py --check    # exit 1 and name what is stale, write nothing
+    python docs/links.py            # write the numbers of today
+    python docs/links.py --check    # exit 1 and name what is stale, write nothing
 """
 
 import re

@@ -162,7 +162,8 @@ def pair_page(a, b, notes, context=3):
     added, removed = counts(unified(a, b))
     return (
         f"{UNSEARCHED.format('hide: [navigation, toc]')}# {a}.py to {b}.py\n\n{added} lines added, {removed} removed. "
-        f"Left is [{a}.py](../../{a}.py.md), right [{b}.py](../../{b}.py.md); notes on the method: [{b}](../{b}.md). "
+        f"Red (left) is [{a}.py](../../{a}.py.md), green (right) [{b}.py](../../{b}.py.md); "
+        f"notes on the method: [{b}](../{b}.md). "
         f'Lines that both have are folded.\n\n<div class="pair highlight">{"".join(out)}</div>\n'
     )
 

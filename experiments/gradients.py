@@ -1,6 +1,6 @@
 """What each method's gradient does, in pictures of few dimensions with exact scores: docs/how.md is made of them.
 
-    python experiments/gradients.py                   # all pictures into docs/how/, a minute on one core
+    python experiments/gradients.py                   # all pictures into docs/how/, 20 s on one core
 
 The functions are the scripts' own. What stands in for a network is the exact velocity of a mixture of Gaussians; a
 sample is a "video" [b, c, 1, 1, 1] of c numbers. The fake score is exact too: it is that of the student's own samples.

@@ -27,6 +27,8 @@ flow_loss, sample_sigma, rollout, student_loss = (
 
 @dataclass(kw_only=True)
 class Args(phased_dmd.Args):
+    """phased_dmd.py with one thing done otherwise. Numbers without a default stand in its RECIPES."""
+
     naive_target: bool = False
     """Train the fake score as if samples at a phase's end were clean videos."""
     disjoint_times: bool = False

@@ -123,7 +123,7 @@ def load_init(path, networks, args):
     """Start networks from a checkpoint (or the newest one of a run folder) of any script, or from a student alone.
 
     networks: dict of "student", "fake_score" and perhaps "ema"; args: the new run's flags, a dict. What the checkpoint
-    lacks keeps the teacher's weights, and an average starts at the student; both are said, as are other noise levels.
+    lacks keeps the teacher's weights, and an average starts at the student; both are said.
     What only the checkpoint has is ignored. Of a run with phases one expert must be named, by its folder:
     student/transformer, student/transformer_2, …
     """
@@ -133,6 +133,7 @@ def load_init(path, networks, args):
     experts = path / "student" if is_checkpoint else path
     if (experts / "transformer_2").is_dir() and (phased or len(student.parts) == 1):
         raise Fatal(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
+    found = {"student"}
     if is_checkpoint:
         check_checkpoint(path)
         found = load_networks(path, networks)
@@ -143,13 +144,11 @@ def load_init(path, networks, args):
     elif path.is_file():
         found = import_module("harness.published").load(path, networks, args["teacher"])
     elif all((path / part).is_dir() for part in student.parts):
-        found = {"student"}
         for part in student.parts:
             common.put_weights(student, path / part, part)
     elif any(path.glob("*.safetensors")):
         if len(student.parts) > 1:
             raise Fatal(f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}")
-        found = {"student"}
         common.put_weights(student, path)
     else:
         found = set()
@@ -160,10 +159,6 @@ def load_init(path, networks, args):
     if dist.get_rank() == 0:
         lacking = "; it has no fake score, which starts from the teacher" if "fake_score" not in found else ""
         print(f"starting from {', '.join(sorted(found))} of {path}{lacking if 'fake_score' in networks else ''}")
-        levels = read_json(path / "args.json").get("student_sigmas") if is_checkpoint else None
-        if levels and levels != args.get("student_sigmas"):
-            flag = f"--student-sigmas {' '.join(map(str, levels))}"
-            print(f"its student had other noise levels than this run's: {flag} are the same")
 
 
 def load_networks(checkpoint, networks):

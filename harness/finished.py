@@ -18,7 +18,7 @@ def load_run(folder):
     folder = Path(str(folder).removesuffix(":raw")).absolute()
     checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
     if checkpoint is None or not (checkpoint / "args.json").is_file():
-        raise Fatal(f"{folder} is not a run with a checkpoint")
+        raise Fatal(f"{folder} is not a run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
     record = read_json(checkpoint / "args.json")  # what it was trained with
     name = record.pop("script", None)
     rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}

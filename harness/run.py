@@ -50,6 +50,9 @@ class Run:
 
     def __init__(self, script, args):
         check_flags(args)
+        for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
+            if (path := getattr(args, name, None)) and not Path(path).exists():
+                raise Fatal(f"--{name}: no such file or folder {path}")
         self.script, self.signal, self.handlers = Path(script), 0, {}
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.device, self.rank = common.init_distributed(), dist.get_rank()
@@ -63,10 +66,14 @@ class Run:
         elif args.init:
             self.init = find_init(args.runs_dir, args.teacher, args.init)
             args = replace(args, init=str(self.init))
+            record = self.init / "args.json"
+            levels = read_json(record).get("student_sigmas") if record.is_file() and self.rank == 0 else None
+            if levels and levels != list(getattr(args, "student_sigmas", levels)):
+                print(f"other noise levels than this run's: --student-sigmas {' '.join(map(str, levels))} in {record}")
         self.keep, self.track, self.max_hours = args.keep, args.track, args.max_hours
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
-        new = run_name(self.script.stem, args.teacher, args.seed) + time.strftime("%Y%m%d-%H%M%S")
-        self.folder = Path(args.runs_dir) / new
+        now = time.strftime("%Y%m%d-%H%M%S")
+        self.folder = Path(args.runs_dir) / (run_name(self.script.stem, args.teacher, args.seed) + now)
         if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
             self.folder = self.checkpoint.parents[1]
         make_folder(args.runs_dir)

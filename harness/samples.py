@@ -42,10 +42,8 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
             if rank == 0 and hours[0] > 0.05:
                 tqdm.write(f"{count} samples of the teacher go to {folder}: about {hours[0]:.1f} hours")
             if hours[0] > run.max_hours:
-                raise Fatal(
-                    f"{count} samples of the teacher would take {hours[0]:.1f} hours: allow it by --max-hours, make "
-                    "fewer, or give --data (tools/make_shards.py) or --pairs (tools/make_pairs.py)"
-                )
+                flag = "--pairs (tools/make_pairs.py)" if "pairs" in run.args else "--data (tools/make_shards.py)"
+                raise Fatal(f"{count} samples would take {hours[0]:.2g} hours: allow it by --max-hours, or give {flag}")
     dist.barrier()
     return common.Shards(folder, data.model, run.device, data.seed, keys=("latents", "noise"))
 

@@ -17,7 +17,7 @@ import dmd
 import dmd2
 import phased_dmd
 from families.presets import PRESETS
-from tests.conftest import only_run, small_args
+from tests.conftest import only_run
 
 # what makes a run of Wan's recipe small, and nothing else
 SIZE = {"frames": 9, "height": 32, "width": 32, "steps": 2, "grad_accum": 1, "teacher_steps": 2, "num_samples": 2}
@@ -46,16 +46,10 @@ def test_nothing_but_the_teacher(teacher, tmp_path, capsys):
         assert "diversity" in table and "right" not in table
     out = capsys.readouterr().out
     assert f"starting from fake_score, student of {only_run(tmp_path, dmd2)}" in out
-    assert "other noise levels than this run's: --student-sigmas 1.0 0.9 0.757 0.522 are" in out, "DFD has its own"
+    said = "other noise levels than this run's: --student-sigmas 1.0 0.9 0.757 0.522 in"
+    assert said in out and out.index(said) < out.index("starting from"), (
+        "DFD has its own, and says so before its samples"
+    )
     # prompts that ship with the repository; clips by the teacher for dmd2.py and dfd.py, pairs for dmd.py
     made = list((tmp_path / "cache").glob("pairs_*"))
     assert len(made) == 3, "guidance and steps differ, so each has its own"
-
-
-@pytest.mark.parametrize("script", [dmd, dmd2])
-def test_a_start_that_does_not_fit_is_said_before_hours_of_samples(script, teacher, tmp_path, fails):
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "other", steps=1, gan_weight=0.0))  # on a teacher of another width
-    flags = {k: v for k, v in SIZE.items() if k in script.Args.__dataclass_fields__}
-    flags |= {"teacher": str(teacher), "runs_dir": str(tmp_path), "init": str(only_run(tmp_path / "other", dmd2))}
-    fails(lambda: script.main(with_recipe(script.Args, script.RECIPES, **flags)), "--init", "this teacher's")
-    assert not list((tmp_path / "cache").glob("pairs_*"))

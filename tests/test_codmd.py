@@ -67,6 +67,29 @@ def test_lengths_of_rows_do_not_matter():
     torch.testing.assert_close(codmd.relation_kl(*scaled, 0.1), expected)
 
 
+def test_it_pushes_within_the_span_of_the_batch_and_not_at_all_where_all_are_alike():
+    """docs/codmd.md, Limits: teacher and fake score enter as numbers only, so a mode that no sample shows is in no
+    push; and samples that are alike but for eps are pushed by a multiple of eps.
+    """
+    real, fake, shared, own = rows(4, 9, seed=1), rows(4, 9, seed=2), rows(1, 9, seed=3), rows(4, 9, seed=4)
+
+    def push(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(codmd.relation_kl(x, real, fake, 0.1), x)[0]
+
+    spread, z = push(own), torch.nn.functional.normalize(own, dim=1)
+    s, r, f = (codmd.relation_matrix(x) for x in (own, real, fake))
+    w = (torch.softmax((s - f + r) / 0.1, 1) - torch.softmax(s / 0.1, 1)) / (0.1 * 4)
+    w = w + w.T
+    formula = -(w @ z - (w * s).sum(1, keepdim=True) * z) / own.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(spread, formula, atol=1e-5, rtol=1e-4)
+    inside = torch.linalg.lstsq(own.T, spread.T).solution  # each push as a sum of the four samples
+    assert spread.norm() > 0.1 and (own.T @ inside - spread.T).norm() < 1e-5 * spread.norm()
+    assert (spread * own).sum(1).abs().max() < 1e-5, "and across its own sample: a cosine does not know a length"
+    sizes = [push(shared + eps * own).norm().item() for eps in (0.02, 0.01, 0.0)]
+    assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.1) and sizes[2] < 1e-3 * sizes[1]
+
+
 def test_one_row_gives_zero():
     """One latent frame, one sample: no relation, no NaN, also where a row is all zero."""
     x0 = rows(1, 4, 1, 2, 2).requires_grad_()

@@ -264,6 +264,19 @@ def test_the_tables_name_every_teacher_and_the_flags_that_fit(capsys, monkeypatc
     assert small[2].startswith("in full") and large[0] == "no"
 
 
+@pytest.mark.parametrize("flags", [{"ema_decay": 0.9}, {"lora_rank": 4, "fake_lora_rank": 2}])
+def test_disk_is_what_a_checkpoint_takes(tmp_path, flags, capsys):
+    args = small_args(phased_dmd, runs_dir=tmp_path, steps=4, student_every=1, **flags)
+    phased_dmd.main(args)
+    folder = next(tmp_path.glob("phased_dmd__*/checkpoints/step_0000004"))
+    taken = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    run = cost.figures(phased_dmd, with_recipe(cost.args_of(phased_dmd), phased_dmd.RECIPES, gpus=1, **flags))
+    assert run.disk == pytest.approx(taken, rel=0.04)  # names and shapes beside the numbers
+    capsys.readouterr()
+    costs(phased_dmd, gpus=1, keep=0, **flags)
+    assert f"{run.disk / 2**30:.3g} GiB a checkpoint; all are kept" in capsys.readouterr().out
+
+
 def test_flags_are_the_scripts_and_are_checked(monkeypatch, fails):
     words = ["dmd2.py", "--teacher", "wan2.1-14b", "--gpus", "16", "--gan-weight", "0"]
     monkeypatch.setattr(sys, "argv", words)

@@ -276,7 +276,7 @@ def test_clips_are_read_only_when_asked_for(tmp_path):
     ("flags", "words"),
     [
         ({"teacher": "wan9.9"}, ["unknown teacher", "wan9.9", "wan2.1-1.3b"]),
-        ({"prompts": "missing.txt"}, ["missing.txt", "No such file"]),
+        ({"prompts": "missing.txt"}, ["--prompts: no such file or folder missing.txt"]),
         ({"steps": 0}, ["--steps", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size", "at least 1"]),
         ({"lr": -1.0}, ["--lr"]),
@@ -289,8 +289,9 @@ def test_clips_are_read_only_when_asked_for(tmp_path):
         ({"frames": 17}, ["clips of the tiny world have 9 frames"]),
         ({"resume": "latest"}, ["--resume latest", "no checkpoint"]),
         ({"resume": "nowhere"}, ["--resume", "nowhere"]),
-        ({"data": "nowhere"}, ["nowhere", "shards"]),
-        ({"pairs": "nowhere"}, ["nowhere", "shards"]),
+        ({"data": "nowhere"}, ["--data: no such file or folder nowhere"]),
+        ({"data": "tests"}, ["shards in tests"]),
+        ({"pairs": "nowhere"}, ["--pairs: no such file or folder nowhere"]),
     ],
 )
 def test_bad_flags(tmp_path, fails, flags, words):

@@ -140,6 +140,7 @@ def test_in_a_browser(built):
         tab.keyboard.press("Control+k")
         tab.keyboard.type("bridge", delay=100)
         tab.get_by_text("Phased DMD").last.wait_for(timeout=20_000)
+        assert tab.locator("input").last.input_value() == "bridge", "what is typed stays"
         assert not wrong
         browser.close()
     assert len(grounds) == 2, "light and dark differ"

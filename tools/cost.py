@@ -1,15 +1,15 @@
-"""What a training script costs: parameters, memory per GPU, FLOPs and hours, and on which cards it fits.
+"""What a training script costs: parameters, memory per GPU, disk, FLOPs and hours, and on which cards it fits.
 
     python tools/cost.py dmd2 --teacher wan2.1-1.3b --gpus 8
     python tools/cost.py dmd2 --teacher wan2.1-14b --gpus 8 --lora-rank 64 --fake-lora-rank 64
     python tools/cost.py all                                      # two tables of all names, in Markdown
 
-Every flag of the script counts as it does there. All figures come from shapes alone: no weights are read, and for the
-presets no file at all. FLOPs are counted by PyTorch, a backward as two forwards, that of a LoRA as one (its base has no
-gradient), and of each block whose activations are recomputed one more; of two experts one runs, though a step whose
-noise levels need both runs both. Activations are what autograd saves in a differentiated forward of the bf16 network
-with flash attention. Not counted: the allocator's slack, temporary buffers, a LoRA's own activations and FLOPs, the
-discriminator's heads and previews.
+`python tools/cost.py dmd2 --help` lists the flags; each counts as it does in the script. All figures come from shapes
+alone: no weights are read, and for the presets no file at all. FLOPs are counted by PyTorch, a backward as two
+forwards, that of a LoRA as one (its base has no gradient), and of each block whose activations are recomputed one more;
+of two experts one runs, though a step whose noise levels need both runs both. Activations are what autograd saves in a
+differentiated forward of the bf16 network with flash attention. Not counted: the allocator's slack, temporary buffers,
+a LoRA's own activations and FLOPs, the discriminator's heads and previews.
 """
 
 import math
@@ -181,8 +181,8 @@ def teacher_forwards(script, args):
 
 def figures(script, args):
     """What a run costs, as a namespace: parameters, those of the LoRAs by their network, tokens and FLOPs of a forward;
-    bytes of memory per GPU by what they are for, and in all; samples, FLOPs and seconds of a step; hours by what they
-    are for.
+    bytes of memory per GPU by what they are for, and in all; those of a checkpoint; samples, FLOPs and seconds of a
+    step; hours by what they are for.
     """
     check_flags(args)
     model = describe(args.teacher, args.frames, args.height, args.width)
@@ -219,6 +219,8 @@ def figures(script, args):
         "activations": method.graphs * args.batch_size * activations,
     }
     total = sum(memory.values())
+    # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase
+    disk = 4 * sum(loras.get(role, parameters) for role in roles) + 8 * updated + 4 * parameters * (1 + method.experts)
 
     # work
     samples = args.batch_size * args.grad_accum * gpus
@@ -234,7 +236,7 @@ def figures(script, args):
     }
     return SimpleNamespace(
         model=model, gpus=gpus, parameters=parameters, loras=loras, tokens=tokens, flops=flops, memory=memory,
-        total=total, samples=samples, step=step, seconds=step / rate, hours=hours,
+        total=total, disk=disk, samples=samples, step=step, seconds=step / rate, hours=hours,
     )  # fmt: skip
 
 
@@ -260,6 +262,8 @@ def main(script, args):
     for name, size in [*run.memory.items(), ("total", run.total)]:
         print(f"  {name:<20}{size / GIB:10.3f} GiB")
     print(f"cards               {', '.join(fits)}, with {1 - FULL:.0%} left for what is not counted")
+    kept = f", {(args.keep + 1) * run.disk / GIB:.3g} GiB with --keep {args.keep} and one that is being written"
+    print(f"disk                {run.disk / GIB:.3g} GiB a checkpoint{kept if args.keep else '; all are kept'}")
     per_gpu = f"{run.step / run.gpus:.3g} per GPU"
     print(f"FLOPs per step      {run.step:.3g}, {per_gpu}; {run.flops:.3g} a forward of one sample")
     print(f"time per step       {run.seconds:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")

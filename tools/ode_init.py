@@ -79,7 +79,6 @@ def main(args):
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     networks = {"student": student} | ({"ema": ema} if args.ema_decay else {})
-    run.restore(networks, {"student": optimizer})
 
     settings = (args.guidance_scale, args.shift, args.pair_steps)
     solve = lambda noise, cond: dmd2.solve_ode(teacher, noise, cond, null_cond, *settings)
@@ -87,6 +86,7 @@ def main(args):
         pairs = common.Shards(args.pairs, model, run.device, args.seed, ("latents", "noise"), settings)
     else:
         pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
+    run.restore(networks, {"student": optimizer})
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     levels = torch.tensor(args.student_sigmas, device=run.device)
 

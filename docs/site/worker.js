@@ -14,7 +14,7 @@ if (location.protocol === "file:") {
       });
     }
     deliver(target, data) {
-      const event = new MessageEvent("message", { data });
+      const event = new MessageEvent("message", { data: structuredClone(data) });
       target.dispatchEvent(event);
       if (target === this) this.onmessage?.(event); // a window calls its own
     }
