@@ -5,8 +5,8 @@
 Runs that differ in nothing but --seed (and where they started and were written) are one row. It is named by method and
 sampling steps, and by what tells it from other rows of that name; below the table stand each row's training steps and
 all flags that are not its script's recipe. Factors are read from the pixels of clean clips (tiny/measures.py). Every
-row has the same number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that
-no training saw.
+row has the same number of samples: --seeds samples of each of the world's EXAMPLES for each training seed, from noise
+that no training saw.
 """
 
 import json
@@ -41,9 +41,10 @@ from tiny import world as tiny  # noqa: E402
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "max_hours"}
 ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
 METHODS = {"dmd": "DMD", "dmd2": "DMD2", "dfd": "DFD", "codmd": "CoDMD", "phased_dmd": "Phased DMD"}
-SHOWN = (0, 4, 11)  # captions on the sheet
+SHOWN = (0, 1, 2)  # captions on the sheet
 COLUMNS = {
-    "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
+    "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
+    "motions_present": "motions present, %", "diversity": "diversity", "vendi": "Vendi",
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
     "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
@@ -57,7 +58,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders of any of the scripts; the newest checkpoint of each is sampled. FOLDER:raw samples the student
     itself where the export is its average."""
-    seeds: Annotated[int, Ge(1)] = 8
+    seeds: Annotated[int, Ge(1)] = 24
     """Samples of each caption, for each training seed."""
     repeats: Annotated[int, Ge(1)] = 3
     """Sampling seeds for data and teacher, which have no training seeds."""
@@ -100,27 +101,21 @@ def kl(p, q):
 
 
 def measure(clips, reference):
-    """Figures of clips [p, s, 3, f, h, w], one row per caption, as a dict of floats; see COLUMNS.
+    """Figures of clips [p, s, 3, f, h, w], a row for each of the world's EXAMPLES, as a dict of floats; see COLUMNS.
 
     residual: what one shape of one size and colour leaves unexplained in the worst frame, median over samples.
-    direction and position are within a caption, averaged over captions: what collapses when a student forgets a mode.
+    looks and motions are entropies of the modes that a caption leaves open (see measures.summary), which fall when a
+    student forgets some; position is the spread within a caption, averaged over captions.
     distance: W1 to the data over its standard deviation, averaged over the free factors; `reference` holds the data's
     factors. Needs two clean clips; NaN if there are fewer.
     """
     f = factors_of(clips)
     clean = f["clean"]
-    wanted = torch.arange(len(clips))[:, None]
-    right = clean & (f["color"] * len(tiny.KINDS) + f["kind"] == wanted)
-    preview, row = preview_metrics(clips), {"right": 100 * right.float().mean().item()}
+    preview = preview_metrics(clips)
+    row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(clips.shape[1])])
     row |= {"diversity": preview["diversity"], "vendi": preview["vendi"], "clipped": 100 * preview["clipped"]}
-    entropies, spreads = [], []
-    for p in range(len(clips)):
-        if clean[p].sum() > 1:
-            bins = torch.round(f["direction"][p][clean[p]] / (torch.pi / 4)).long() % 8
-            share = torch.bincount(bins, minlength=8).float() / len(bins)
-            entropies.append(torch.special.entr(share).sum() / torch.tensor(8.0).log())
-            spreads.append(torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))))
-    row["direction"] = torch.tensor(entropies).mean().item()
+    several = [p for p in range(len(clips)) if clean[p].sum() > 1]
+    spreads = [torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))) for p in several]
     row["position"] = torch.tensor(spreads).mean().item()
     for name in ("saturation", "brightness", "background", "speed", "coherence"):
         row[name] = f[name][clean].mean().item()
@@ -229,12 +224,12 @@ def main(args):
     model = common.Model(first.teacher, first.frames, first.height, first.width)
     shape, cache = model.latent_shape, checkpoint.parents[2] / "cache"  # beside the run, which may have been moved
     captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
-    images = tiny.batch(1, range(10**9, 10**9 + len(tiny.CAPTIONS)), tiny.CAPTIONS)[0][:, None, :, 0]
+    images = tiny.batch(1, range(10**9, 10**9 + len(tiny.EXAMPLES)), tiny.EXAMPLES)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     vae, teacher = model.load_vae(device), model.load_network("teacher", device)
     # numbers that no training reaches
     reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
-    count = len(tiny.CAPTIONS) * args.seeds
+    count = len(tiny.EXAMPLES) * args.seeds
 
     def by_caption(x):
         return rearrange(x, "(p s) ... -> p s ...", s=args.seeds)
@@ -271,9 +266,9 @@ def main(args):
 
     for seed in range(args.repeats):
         numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
-        clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
+        clips = tiny.batch(2, numbers, [caption for caption in tiny.EXAMPLES for _ in range(args.seeds)])[0]
         if model.conditions:  # what else may follow these images
-            images_of = enumerate(tiny.CAPTIONS, 10**9)
+            images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
@@ -291,7 +286,7 @@ def main(args):
     below = [f'- "{name}": {", ".join(words[1:])}' for words, name in names.items()]
     lines = [*table_of(rows, args.transpose), "", *below]
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
+    picked = [(f"{name}: {tiny.EXAMPLES[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
     contact_sheet(args.out / "sheet.png", picked)
     moving = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
     moving_sheet(args.out / "clips.webp", moving, model.fps)

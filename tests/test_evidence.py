@@ -33,8 +33,8 @@ from tiny import world as tiny
 
 
 def clips_of(seed, seeds=8):
-    captions = [caption for caption in tiny.CAPTIONS for _ in range(seeds)]
-    return tiny.batch(seed, range(len(captions)), captions)[0].unflatten(0, (len(tiny.CAPTIONS), seeds))
+    captions = [caption for caption in tiny.EXAMPLES for _ in range(seeds)]
+    return tiny.batch(seed, range(len(captions)), captions)[0].unflatten(0, (len(tiny.EXAMPLES), seeds))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def reference():
 def test_data_measures_as_data(reference):
     row = evidence.measure(clips_of(5), reference)
     assert row["right"] == 100 and row["clipped"] == 0
-    assert row["distance"] < 0.15 and row["direction"] > 0.7 and row["vendi"] > 2
+    assert row["distance"] < 0.15 and row["looks"] > 0.7 and row["motions"] > 0.7 and row["vendi"] > 2
     low, high = tiny.RANGES["background"]
     assert row["background"] == pytest.approx((low + high) / 2, abs=0.03)
 
@@ -55,11 +55,18 @@ def test_collapse_and_drift_show(reference):
     one_each = clips[:, :1].expand_as(clips)
     collapsed = evidence.measure(one_each, reference)
     assert collapsed["diversity"] == 0 and collapsed["vendi"] == pytest.approx(1)
-    assert collapsed["direction"] == 0 and collapsed["position"] == pytest.approx(0, abs=1e-4)
+    assert collapsed["looks"] == collapsed["motions"] == 0
+    assert collapsed["position"] == pytest.approx(0, abs=1e-4)
     brighter = evidence.measure(clips * 1.1, reference)
     assert brighter["distance"] > row["distance"] + 0.05 and brighter["right"] == 100
     wrong = evidence.measure(clips.roll(1, dims=0), reference)
-    assert wrong["right"] == 0 and wrong["diversity"] == pytest.approx(row["diversity"])
+    # what is said of the last caption's clips is now said of the first's, and so on: true of some by chance
+    before = [caption for caption in [tiny.EXAMPLES[-1], *tiny.EXAMPLES[:-1]] for _ in range(8)]
+    shown = [tiny.draw_factors(5, (i - 8) % 96, caption) for i, caption in enumerate(before)]
+    said = [tiny.NAMED[caption] for caption in tiny.EXAMPLES for _ in range(8)]
+    fits = [all(factors[name] == named[name] for name in named) for factors, named in zip(shown, said)]
+    assert 0 < sum(fits) < 48 and wrong["right"] == pytest.approx(100 * sum(fits) / 96)
+    assert wrong["diversity"] == pytest.approx(row["diversity"])
     assert math.isnan(evidence.measure(torch.zeros_like(clips), reference)["distance"])
 
 
@@ -115,7 +122,7 @@ def test_image_to_video_has_its_first_frame(tmp_path):
     assert rows[0][-1].strip() == "first frame, error"
     data, *others = (float(row[-1].split("±")[0]) for row in rows[2:])
     assert data == 0 and all(0.001 < error < 0.01 for error in others)
-    spread = dict(zip((cell.strip() for cell in rows[0]), rows[2]))["direction entropy"]
+    spread = dict(zip((cell.strip() for cell in rows[0]), rows[2]))["motions"]
     assert float(spread.split("±")[1]) > 0, "another draw of continuations for each sampling seed"
 
 
