@@ -28,35 +28,36 @@ from harness.flags import check_flags, one_line_errors  # noqa: E402
 
 from harness.files import Fatal, read_json  # noqa: E402
 
-DFD = 50  # steps of a DFD run
-# name: (script, flags, name of the run to start from); each is a row of the table
+POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
+# name: (script, flags, name of the run to start from); each is a row of a table
 RUNS = {
     "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
-    "dmd2_gan": ("dmd2.py", "--steps 500", None),
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
-    "dmd2_on": ("dfd.py", f"--steps {DFD} --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
-    "finetune": ("experiments/finetune.py", f"--steps {DFD}", "dmd2"),
-    "dfd": ("dfd.py", f"--steps {DFD}", "dmd2"),
-    "dfd_p.25": ("dfd.py", f"--steps {DFD} --data-prob .25", "dmd2"),
-    "dfd_p1": ("dfd.py", f"--steps {DFD} --data-prob 1", "dmd2"),
-    "dfd_simulate": ("dfd.py", f"--steps {DFD} --student-input simulate", "dmd2"),
-    "dfd_simulate_p.25": ("dfd.py", f"--steps {DFD} --student-input simulate --data-prob .25", "dmd2"),
-    "dfd_simulate_p1": ("dfd.py", f"--steps {DFD} --student-input simulate --data-prob 1", "dmd2"),
-    "dfd_x10": ("dfd.py", f"--steps {10 * DFD}", "dmd2"),
-    "dfd_x30": ("dfd.py", f"--steps {30 * DFD}", "dmd2"),
+    "dmd2_gan": ("dmd2.py", "--steps 500", None),
+    "dmd2_gan_x10": ("dmd2.py", "--steps 500 --gan-weight .03", None),
+    "dmd2_gan_x100": ("dmd2.py", "--steps 500 --gan-weight .3", None),
+    "dmd2_x4": ("dmd2.py", "--steps 2000 --gan-weight 0 --preview-every 100 --preview-seeds 16", None),
+    "dmd2_g1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
+    "dmd2_g4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
+    "dmd2_on": ("dfd.py", "--steps 50 --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
+    "finetune": ("experiments/finetune.py", "--steps 50", "dmd2"),
+    "dfd": ("dfd.py", "--steps 50", "dmd2"),
+    "dfd_x3": ("dfd.py", "--steps 150", "dmd2"),
+    "dfd_x10": ("dfd.py", "--steps 500", "dmd2"),
+    "dfd_p1": ("dfd.py", "--steps 50 --data-prob 1", "dmd2"),
+    "dfd_simulate": ("dfd.py", "--steps 50 --student-input simulate", "dmd2"),
     "codmd": ("codmd.py", "--steps 500", None),
     "codmd_w1": ("codmd.py", "--steps 500 --relation-weight 1", None),
     "codmd_samples": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1", None),
-    "codmd_samples_w1": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1 --relation-weight 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
-    "codmd_cells_w1": ("experiments/codmd_cells.py", "--steps 500 --relation-weight 1", None),
-    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
+    "codmd_on": ("codmd.py", f"--steps 150 --sample-relation 1 {POST}", "dmd2"),
+    "codmd_on_w1": ("codmd.py", f"--steps 150 --sample-relation 1 --relation-weight 1 {POST}", "dmd2"),
+    "dmd2_on_x3": ("dfd.py", "--steps 150 --data-prob 0 --student-input simulate", "dmd2"),
     "phased": ("phased_dmd.py", "--steps 500", None),
-    "phased_x2": ("phased_dmd.py", "--steps 1000", None),  # as many updates per phase as dmd2.py in all
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
+    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
     "phased_naive": ("experiments/phased_ablations.py", "--steps 500 --naive-target", None),
-    "phased_disjoint": ("experiments/phased_ablations.py", "--steps 500 --disjoint-times", None),
 }
 
 
@@ -92,7 +93,7 @@ def command(runs_dir, name, seed):
     script, flags, parent = RUNS[name]
     init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
     quiet = ["--preview-every", "0", "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
-    return [script, *flags.split(), *init, "--seed", str(seed), *quiet]
+    return [script, *quiet, *flags.split(), *init, "--seed", str(seed)]
 
 
 def train(runs_dir, name, seed):

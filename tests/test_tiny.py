@@ -269,7 +269,7 @@ def test_tokenizer_ends_and_pads_like_t5(pipe):
 
 @pytest.mark.parametrize("length", [16, 512])
 def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
-    captions = world.EXAMPLES[:: 1 if length == 16 else 4]
+    captions = world.EXAMPLES[:: 1 if length == 16 else 2]
     frames = pipe(
         captions,
         height=32,
