@@ -4,8 +4,8 @@
     python experiments/evidence_runs.py --only dmd2 dfd --seeds 0    # some rows, one seed
     python experiments/evidence_runs.py --list                       # the commands, without running them
 
-Every run is one thread and writes to its own folder, runs/evidence/<name>/. A run that has its last checkpoint is not
-trained again; one that was interrupted starts anew.
+Every run is one thread, keeps no average of its student, and writes to its own folder, runs/evidence/<name>/. A run
+that has its last checkpoint is not trained again; one that was interrupted starts anew.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # so that `python experiments/evidence_runs.py` f
 
 from harness.flags import check_flags, one_line_errors  # noqa: E402
 
-from harness.files import Fatal, read_json  # noqa: E402
+from harness.files import Fatal  # noqa: E402
 
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
 # name: (script, flags, name of the run to start from); each is a row of a table
@@ -84,15 +84,10 @@ def finished(runs_dir, name, seed):
     return found[-1].parents[2] if found else None
 
 
-def averaged(folder):
-    """Whether a run keeps an average of its student."""
-    return read_json(folder / "args.json")["ema_decay"] > 0
-
-
 def command(runs_dir, name, seed):
     script, flags, parent = RUNS[name]
     init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
-    quiet = ["--preview-every", "0", "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
+    quiet = ["--ema-decay", "0", "--preview-every", "0", "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
     return [script, *quiet, *flags.split(), *init, "--seed", str(seed)]
 
 
@@ -130,10 +125,7 @@ def main(args):
     missing = [(name, seed) for name in names for seed in args.seeds if not finished(runs_dir, name, seed)]
     if missing:
         sys.exit(1)
-    folders = []
-    for name in names:
-        own = [finished(runs_dir, name, seed) for seed in args.seeds]
-        folders += [*map(str, own), *(f"{folder}:raw" for folder in own if averaged(folder))]  # the student itself too
+    folders = [str(finished(runs_dir, name, seed)) for name in names for seed in args.seeds]
     sys.exit(subprocess.call([sys.executable, "experiments/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
 
 

@@ -256,21 +256,6 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
 
 
-def test_students_with_an_average_are_shown_without_it_too(tmp_path, monkeypatch):
-    """The table of docs/evidence.md has both."""
-    rows = []
-    monkeypatch.setattr(evidence_runs.subprocess, "call", lambda words, **_: rows.extend(words))
-    for name, decay in (("dmd2", 0.99), ("phased", 0.0)):
-        run = tmp_path / name / f"{Path(evidence_runs.RUNS[name][0]).stem}__tiny__0__now"
-        (run / "checkpoints" / "step_0000500").mkdir(parents=True)
-        (run / "checkpoints" / "step_0000500" / "checkpoint.json").touch()
-        (run / "args.json").write_text(json.dumps({"ema_decay": decay}))
-    with pytest.raises(SystemExit):
-        evidence_runs.main(evidence_runs.Args(only=("dmd2", "phased"), seeds=(0,), runs_dir=tmp_path))
-    dmd2_run, phased_run = tmp_path / "dmd2/dmd2__tiny__0__now", tmp_path / "phased/phased_dmd__tiny__0__now"
-    assert rows[2:-2] == [str(dmd2_run), f"{dmd2_run}:raw", str(phased_run)]
-
-
 def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
     """The second waits for the first, deletes nothing of it, and finds it done."""
     run = tmp_path / "dmd2" / "dmd2__tiny__0__now"
