@@ -1,11 +1,12 @@
 """Train everything that docs/evidence.md compares, on the tiny teacher, then write its tables.
 
     python experiments/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
-    python experiments/evidence_runs.py --only dmd2 dfd --seeds 0    # some rows, one seed
+    python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
     python experiments/evidence_runs.py --list                       # the commands, without running them
 
 Every run is one thread, keeps no average of its student, and writes to its own folder, runs/evidence/<name>/. A run
-that has its last checkpoint is not trained again; one that was interrupted starts anew.
+that has its last checkpoint is not trained again; one that was interrupted starts anew. Tables and sheets go to
+runs/evidence/table_<name>/.
 """
 
 import fcntl
@@ -29,19 +30,21 @@ from harness.flags import check_flags, one_line_errors  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
+OFTEN = "--preview-every 5"
+I2V, CAUSAL = "--teacher tiny-i2v", "--frame-block 1"
 # name: (script, flags, name of the run to start from); each is a row of a table
 RUNS = {
-    "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
-    "dmd2_gan": ("dmd2.py", "--steps 500", None),
-    "dmd2_gan_x10": ("dmd2.py", "--steps 500 --gan-weight .03", None),
-    "dmd2_gan_x100": ("dmd2.py", "--steps 500 --gan-weight .3", None),
-    "dmd2_x4": ("dmd2.py", "--steps 2000 --gan-weight 0 --preview-every 100 --preview-seeds 16", None),
-    "dmd2_g1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
-    "dmd2_g4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
-    "dmd2_on": ("dfd.py", "--steps 50 --data-prob 0 --student-input simulate", "dmd2"),  # data_prob 0 is dmd2.py
+    "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
+    "gan": ("dmd2.py", "--steps 500", None),
+    "gan_x10": ("dmd2.py", "--steps 500 --gan-weight .03", None),
+    "gan_x100": ("dmd2.py", "--steps 500 --gan-weight .3", None),
+    "x4": ("dmd2.py", "--steps 2000 --gan-weight 0 --preview-every 100", None),
+    "guidance_1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
+    "guidance_4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
+    "dfd": ("dfd.py", f"--steps 50 {OFTEN}", "dmd2"),
+    "dmd2_on": ("dfd.py", f"--steps 50 --data-prob 0 --student-input simulate {OFTEN}", "dmd2"),  # p 0 is dmd2.py
     "finetune": ("experiments/finetune.py", "--steps 50", "dmd2"),
-    "dfd": ("dfd.py", "--steps 50", "dmd2"),
     "dfd_x3": ("dfd.py", "--steps 150", "dmd2"),
     "dfd_x10": ("dfd.py", "--steps 500", "dmd2"),
     "dfd_p1": ("dfd.py", "--steps 50 --data-prob 1", "dmd2"),
@@ -51,44 +54,66 @@ RUNS = {
     "codmd_samples": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
+    "dmd2_on_x3": ("dfd.py", "--steps 150 --data-prob 0 --student-input simulate", "dmd2"),
     "codmd_on": ("codmd.py", f"--steps 150 --sample-relation 1 {POST}", "dmd2"),
     "codmd_on_w1": ("codmd.py", f"--steps 150 --sample-relation 1 --relation-weight 1 {POST}", "dmd2"),
-    "dmd2_on_x3": ("dfd.py", "--steps 150 --data-prob 0 --student-input simulate", "dmd2"),
-    "phased": ("phased_dmd.py", "--steps 500", None),
+    "phased_dmd": ("phased_dmd.py", "--steps 500", None),
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
-    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
     "phased_naive": ("experiments/phased_ablations.py", "--steps 500 --naive-target", None),
+    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
+    "i2v": ("dmd2.py", f"{I2V} --steps 500 --gan-weight 0", None),
+    "i2v_dfd": ("dfd.py", f"{I2V} --steps 50 {OFTEN}", "i2v"),
+    "causal_start": ("tools/ode_init.py", f"{CAUSAL} --steps 1500 --preview-every 250", None),
+    "causal": ("dmd2.py", f"{CAUSAL} --steps 500 --gan-weight 0", "causal_start"),
+    "causal_on": ("dmd2.py", f"{CAUSAL} --steps 50 --gan-weight 0 {POST}", "causal"),
+    "causal_dfd": ("dfd.py", f"{CAUSAL} --steps 50 {OFTEN}", "causal"),
+    "causal_dfd_simulate": ("dfd.py", f"{CAUSAL} --steps 50 --student-input simulate {OFTEN}", "causal"),
 }
+TABLES = {  # rows beside data and teacher
+    "dmd2": ["dmd", "dmd2", "gan", "gan_x10", "gan_x100", "x4", "guidance_1", "guidance_4"],
+    "dfd": ["dmd2", "dmd2_on", "finetune", "dfd", "dfd_p1", "dfd_simulate", "dfd_x3", "dfd_x10"],
+    "codmd": [
+        "dmd2", "codmd", "codmd_w1", "codmd_samples", "codmd_both", "codmd_both_w1",
+        "dmd2_on_x3", "codmd_on", "codmd_on_w1",
+    ],
+    "phased_dmd": ["dmd2", "vanilla", "phased_dmd", "phased_4", "phased_naive"],
+    "i2v": ["i2v", "i2v_dfd"],
+    "causal": ["dmd2", "causal_start", "causal", "causal_on", "causal_dfd", "causal_dfd_simulate"],
+}  # fmt: skip
 
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = tuple(RUNS)
-    """Names of the runs, see RUNS; those that they start from are trained too."""
+    tables: tuple[str, ...] = tuple(TABLES)
+    """Names of the tables, see TABLES; what their runs start from is trained too."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     jobs: Annotated[int, Ge(1)] = 1
     """Runs at a time, one thread each."""
     runs_dir: Path = Path("runs/evidence")
-    """Where runs, table and sheet are written."""
+    """Where runs, tables and sheets are written."""
     list: bool = False
     """Print the commands and stop."""
 
 
+def flag(words, name, default):
+    return words[words.index(name) + 1] if name in words else default
+
+
 def finished(runs_dir, name, seed):
     """The run folder, if its last checkpoint is there."""
-    script, flags, _ = RUNS[name]
-    words = flags.split()
-    last = f"checkpoints/step_{int(words[words.index('--steps') + 1]):07d}/checkpoint.json"
-    found = sorted((runs_dir / name).glob(f"{Path(script).stem}__tiny__{seed}__*/{last}"))
+    words = RUNS[name][1].split()
+    last = f"checkpoints/step_{int(flag(words, '--steps', None)):07d}/checkpoint.json"
+    found = sorted((runs_dir / name).glob(f"*__{flag(words, '--teacher', 'tiny')}__{seed}__*/{last}"))
     return found[-1].parents[2] if found else None
 
 
 def command(runs_dir, name, seed):
     script, flags, parent = RUNS[name]
     init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
-    quiet = ["--ema-decay", "0", "--preview-every", "0", "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
-    return [script, *quiet, *flags.split(), *init, "--seed", str(seed)]
+    previews = "--preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25".split()
+    common = ["--ema-decay", "0", *previews, "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
+    return [script, *common, *flags.split(), *init, "--seed", str(seed)]
 
 
 def train(runs_dir, name, seed):
@@ -98,7 +123,7 @@ def train(runs_dir, name, seed):
         fcntl.flock(lock, fcntl.LOCK_EX)  # another call of this may be at the same run: wait for it
         if finished(runs_dir, name, seed):
             return
-        for leftover in folder.glob(f"*__tiny__{seed}__*"):
+        for leftover in folder.glob(f"*__{seed}__*"):
             shutil.rmtree(leftover)
         words, env = [sys.executable, *command(runs_dir, name, seed)], {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(folder / f"{seed}.log", "w") as log:  # the run holds the lock too, should this process be killed
@@ -108,25 +133,34 @@ def train(runs_dir, name, seed):
 
 def main(args):
     check_flags(args)
-    unknown = [name for name in args.only if name not in RUNS]
+    unknown = [name for name in args.tables if name not in TABLES]
     if unknown:
-        raise Fatal(f"unknown run {unknown[0]!r}; known: {', '.join(RUNS)}")
+        raise Fatal(f"unknown table {unknown[0]!r}; known: {', '.join(TABLES)}")
     runs_dir = args.runs_dir.resolve()
-    names = [name for name in RUNS if name in args.only or name in {RUNS[other][2] for other in args.only}]
+    generations = [[name for table in args.tables for name in TABLES[table]]]
+    while parents := [RUNS[name][2] for name in generations[0] if RUNS[name][2]]:
+        generations.insert(0, parents)
+    first = dict.fromkeys(name for generation in generations for name in generation)  # parents before their children
     if args.list:
-        for name in names:
+        for name in first:
             for seed in args.seeds:
                 print(" ".join(["python", *command(runs_dir, name, seed)]))
         return
-    for has_parent in (False, True):  # those that start from others come second
-        jobs = [(name, seed) for seed in args.seeds for name in names if bool(RUNS[name][2]) == has_parent]
+    while first:
+        now = [name for name in first if RUNS[name][2] not in first]
+        jobs = [(name, seed) for seed in args.seeds for name in now]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train(runs_dir, *job), jobs))
-    missing = [(name, seed) for name in names for seed in args.seeds if not finished(runs_dir, name, seed)]
-    if missing:
-        sys.exit(1)
-    folders = [str(finished(runs_dir, name, seed)) for name in names for seed in args.seeds]
-    sys.exit(subprocess.call([sys.executable, "experiments/evidence.py", *folders, "--out", str(runs_dir)], cwd=ROOT))
+        first = [name for name in first if name not in now]
+        if missing := [name for name in now for seed in args.seeds if not finished(runs_dir, name, seed)]:
+            raise Fatal(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
+    for table in args.tables:
+        folders = [str(finished(runs_dir, name, seed)) for name in TABLES[table] for seed in args.seeds]
+        look = ["--seeds", "16", "--teacher-steps", "25", "4", "--out", str(runs_dir / f"table_{table}")]
+        longer = ["--long"] if table == "causal" else []
+        code = subprocess.call([sys.executable, "experiments/evidence.py", *folders, *look, *longer], cwd=ROOT)
+        if code:
+            sys.exit(code)
 
 
 if __name__ == "__main__":
