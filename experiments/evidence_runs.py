@@ -30,7 +30,7 @@ from harness.flags import check_flags, one_line_errors  # noqa: E402
 from harness.files import Fatal  # noqa: E402
 
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
-OFTEN = "--preview-every 5"
+PREVIEWS, OFTEN = "--preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25", "--preview-every 5"
 I2V, CAUSAL = "--teacher tiny-i2v", "--frame-block 1"
 # name: (script, flags, name of the run to start from); each is a row of a table
 RUNS = {
@@ -61,6 +61,11 @@ RUNS = {
     "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
     "phased_naive": ("experiments/phased_ablations.py", "--steps 500 --naive-target", None),
     "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
+    "fake_score_rare": ("dmd2.py", "--steps 100 --gan-weight 0 --student-every 1 --preview-every 10", None),
+    "lr_high": ("dmd2.py", "--steps 500 --gan-weight 0 --lr 1e-2 --fake-score-lr 1e-2", None),
+    "guidance_8": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 8", None),
+    "no_normaliser": ("experiments/no_normaliser.py", "--steps 500 --gan-weight 0", None),
+    "shift_1": ("dmd2.py", "--steps 500 --gan-weight 0 --shift 1", None),
     "i2v": ("dmd2.py", f"{I2V} --steps 500 --gan-weight 0", None),
     "i2v_dfd": ("dfd.py", f"{I2V} --steps 50 {OFTEN}", "i2v"),
     "causal_start": ("tools/ode_init.py", f"{CAUSAL} --steps 1500 --preview-every 250", None),
@@ -78,14 +83,17 @@ TABLES = {  # rows beside data and teacher
     ],
     "phased_dmd": ["dmd2", "vanilla", "phased_dmd", "phased_4", "phased_naive"],
     "i2v": ["i2v", "i2v_dfd"],
+    "broken": [
+        "dmd2", "fake_score_rare", "lr_high", "guidance_1", "guidance_8", "no_normaliser", "shift_1", "phased_naive",
+    ],
     "causal": ["dmd2", "causal_start", "causal", "causal_on", "causal_dfd", "causal_dfd_simulate"],
 }  # fmt: skip
 
 
 @dataclass
 class Args:
-    tables: tuple[str, ...] = tuple(TABLES)
-    """Names of the tables, see TABLES; what their runs start from is trained too."""
+    tables: tuple[str, ...] = tuple(name for name in TABLES if name != "broken")
+    """Names of the tables, see TABLES; what their runs start from is trained too. `broken` is for curves.md."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     jobs: Annotated[int, Ge(1)] = 1
@@ -111,8 +119,7 @@ def finished(runs_dir, name, seed):
 def command(runs_dir, name, seed):
     script, flags, parent = RUNS[name]
     init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
-    previews = "--preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25".split()
-    common = ["--ema-decay", "0", *previews, "--save-every", "1000000", "--runs-dir", str(runs_dir / name)]
+    common = ["--ema-decay", "0", "--save-every", "1000000", *PREVIEWS.split(), "--runs-dir", str(runs_dir / name)]
     return [script, *common, *flags.split(), *init, "--seed", str(seed)]
 
 
