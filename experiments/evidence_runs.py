@@ -37,9 +37,8 @@ RUNS = {
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
     "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "gan": ("dmd2.py", "--steps 500", None),
-    "gan_x10": ("dmd2.py", "--steps 500 --gan-weight .03", None),
-    "gan_x100": ("dmd2.py", "--steps 500 --gan-weight .3", None),
-    "x4": ("dmd2.py", "--steps 2000 --gan-weight 0 --preview-every 100", None),
+    "gan_x30": ("dmd2.py", "--steps 500 --gan-weight .1", None),
+    "x2": ("dmd2.py", "--steps 1000 --gan-weight 0", None),
     "guidance_1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
     "guidance_4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
     "dfd": ("dfd.py", f"--steps 50 {OFTEN}", "dmd2"),
@@ -50,8 +49,6 @@ RUNS = {
     "dfd_p1": ("dfd.py", "--steps 50 --data-prob 1", "dmd2"),
     "dfd_simulate": ("dfd.py", "--steps 50 --student-input simulate", "dmd2"),
     "codmd": ("codmd.py", "--steps 500", None),
-    "codmd_w1": ("codmd.py", "--steps 500 --relation-weight 1", None),
-    "codmd_samples": ("codmd.py", "--steps 500 --frame-relation 0 --sample-relation 1", None),
     "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
     "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
     "dmd2_on_x3": ("dfd.py", "--steps 150 --data-prob 0 --student-input simulate", "dmd2"),
@@ -75,12 +72,9 @@ RUNS = {
     "causal_dfd_simulate": ("dfd.py", f"{CAUSAL} --steps 50 --student-input simulate {OFTEN}", "causal"),
 }
 TABLES = {  # rows beside data and teacher
-    "dmd2": ["dmd", "dmd2", "gan", "gan_x10", "gan_x100", "x4", "guidance_1", "guidance_4"],
+    "dmd2": ["dmd", "dmd2", "gan", "gan_x30", "x2", "guidance_1", "guidance_4"],
     "dfd": ["dmd2", "dmd2_on", "finetune", "dfd", "dfd_p1", "dfd_simulate", "dfd_x3", "dfd_x10"],
-    "codmd": [
-        "dmd2", "codmd", "codmd_w1", "codmd_samples", "codmd_both", "codmd_both_w1",
-        "dmd2_on_x3", "codmd_on", "codmd_on_w1",
-    ],
+    "codmd": ["dmd2", "codmd", "codmd_both", "codmd_both_w1", "dmd2_on_x3", "codmd_on", "codmd_on_w1"],
     "phased_dmd": ["dmd2", "vanilla", "phased_dmd", "phased_4", "phased_naive"],
     "i2v": ["i2v", "i2v_dfd"],
     "broken": [
