@@ -44,7 +44,7 @@ METHODS = {"dmd": "DMD", "dmd2": "DMD2", "dfd": "DFD", "codmd": "CoDMD", "phased
 SHOWN = (0, 1, 2)  # captions on the sheet
 COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
-    "motions_present": "motions present, %", "diversity": "diversity", "vendi": "Vendi",
+    "motions_present": "motions present, %", "diversity": "diversity",
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
     "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
@@ -113,7 +113,7 @@ def measure(clips, reference):
     clean = f["clean"]
     preview = preview_metrics(clips)
     row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(clips.shape[1])])
-    row |= {"diversity": preview["diversity"], "vendi": preview["vendi"], "clipped": 100 * preview["clipped"]}
+    row |= {"diversity": preview["diversity"], "clipped": 100 * preview["clipped"]}
     several = [p for p in range(len(clips)) if clean[p].sum() > 1]
     spreads = [torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))) for p in several]
     row["position"] = torch.tensor(spreads).mean().item()

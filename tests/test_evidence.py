@@ -45,7 +45,7 @@ def reference():
 def test_data_measures_as_data(reference):
     row = evidence.measure(clips_of(5), reference)
     assert row["right"] == 100 and row["clipped"] == 0
-    assert row["distance"] < 0.15 and row["looks"] > 0.7 and row["motions"] > 0.7 and row["vendi"] > 2
+    assert row["distance"] < 0.15 and row["looks"] > 0.7 and row["motions"] > 0.7
     low, high = tiny.RANGES["background"]
     assert row["background"] == pytest.approx((low + high) / 2, abs=0.03)
 
@@ -54,7 +54,7 @@ def test_collapse_and_drift_show(reference):
     clips, row = clips_of(5), evidence.measure(clips_of(5), reference)
     one_each = clips[:, :1].expand_as(clips)
     collapsed = evidence.measure(one_each, reference)
-    assert collapsed["diversity"] == 0 and collapsed["vendi"] == pytest.approx(1)
+    assert collapsed["diversity"] == 0
     assert collapsed["looks"] == collapsed["motions"] == 0
     assert collapsed["position"] == pytest.approx(0, abs=1e-4)
     brighter = evidence.measure(clips * 1.1, reference)
