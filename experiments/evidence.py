@@ -70,7 +70,8 @@ class Args:
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
-    """Folder for table.md, sheet.png, clips.webp (the sheet's clips, moving) and runs.json (the runs compared)."""
+    """Folder for table.md, sheet.png, clips.webp (six clips each of "a shape" and "a circle", moving) and runs.json
+    (the runs compared)."""
 
 
 def factors_of(clips):
@@ -288,7 +289,7 @@ def main(args):
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     picked = [(f"{name}: {tiny.EXAMPLES[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
     contact_sheet(args.out / "sheet.png", picked)
-    moving = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
+    moving = [(name, clips[:2, :6].flatten(0, 1)) for name, clips in shown.items()]  # "a shape" and "a circle"
     moving_sheet(args.out / "clips.webp", moving, model.fps)
     (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
     print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; sheet.png and clips.webp (moving) beside it")
