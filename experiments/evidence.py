@@ -64,6 +64,8 @@ class Args:
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[Annotated[int, Ge(1)], ...] = (50, 4)
     """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    names: tuple[str, ...] = ()
+    """What to call the rows, a name for each run folder; else what tells them apart is their name."""
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
@@ -217,8 +219,10 @@ def main(args):
     check_flags(args)
     if not args.teacher_steps:
         raise Fatal("--teacher-steps must be at least one number")
+    if args.names and len(args.names) != len(args.runs):
+        raise Fatal(f"--names must be as many as run folders, got {len(args.names)} for {len(args.runs)}")
     runs = load_all(args.runs)
-    names = labels([words for words, *_ in runs])
+    names = dict(zip((words for words, *_ in runs), args.names)) or labels([words for words, *_ in runs])
     make_folder(args.out, hint="; see --out")
     _, _, first, checkpoint = runs[0]
     device = common.init_distributed()

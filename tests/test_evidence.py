@@ -189,6 +189,11 @@ def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
     evidence.main(evidence.Args(runs=(str(run),), seeds=1, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| DMD2, 4 steps | 1 |" in table and "dmd2.py, 1 training steps, batch_size 2, gan_weight 0.0" in table
+    named = {"seeds": 1, "repeats": 1, "teacher_steps": (1,), "out": tmp_path / "out"}
+    fails(lambda: evidence.main(evidence.Args(runs=(str(run),), names=("a", "b"), **named)), "--names", "2 for 1")
+    evidence.main(evidence.Args(runs=(str(run),), names=("mine",), **named))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| mine | 1 |" in table and '- "mine": dmd2.py, 1 training steps' in table
     path = run / "checkpoints" / "step_0000001" / "args.json"
     record = json.loads(path.read_text())
     for changed, words in (({"script": "os"}, "no script that is here"), ({"cfg": 1}, "does not fit today's dmd2.py")):
@@ -256,6 +261,34 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
 
 
+def test_what_a_run_starts_from_is_trained_before_it_and_rows_have_short_names(tmp_path, monkeypatch, fails):
+    calls = []
+
+    def call(words, **_):
+        calls.append(words)
+        if words[1] != "experiments/evidence.py":
+            name, last = (
+                Path(words[words.index("--runs-dir") + 1]),
+                f"step_{int(words[words.index('--steps') + 1]):07d}",
+            )
+            (record := name / "x__tiny__3__now" / "checkpoints" / last / "checkpoint.json").parent.mkdir(parents=True)
+            record.touch()
+        return 0
+
+    monkeypatch.setattr(evidence_runs.subprocess, "call", call)
+    evidence_runs.main(evidence_runs.Args(tables=("causal",), seeds=(3,), runs_dir=tmp_path))
+    *trained, table = calls
+    order = [Path(words[words.index("--runs-dir") + 1]).name for words in trained]
+    assert set(order) == set(evidence_runs.TABLES["causal"]) and order.index("causal_start") < order.index("causal")
+    for words in trained[-3:]:
+        assert words[words.index("--init") + 1] == str(tmp_path / "causal" / "x__tiny__3__now")
+    names = table[table.index("--names") + 1 : table.index("--seeds")]
+    assert names == list(evidence_runs.TABLES["causal"].values()) and len(names) == len(
+        table[2 : table.index("--names")]
+    )
+    fails(lambda: evidence_runs.main(evidence_runs.Args(tables=("dmd3",))), "unknown table 'dmd3'")
+
+
 def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
     """The second waits for the first, deletes nothing of it, and finds it done."""
     run = tmp_path / "dmd2" / "dmd2__tiny__0__now"
@@ -301,3 +334,4 @@ def test_every_run_of_the_evidence_is_a_command_of_today():
         check_flags(args)
         assert noise_levels(module, args)[0][0] == 1
         assert (ROOT / script).is_file() and parent in {None, *evidence_runs.RUNS}
+    assert {name for rows in evidence_runs.TABLES.values() for name in rows} == set(evidence_runs.RUNS)
