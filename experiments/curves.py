@@ -107,8 +107,9 @@ def main(args):
         raise Fatal(f"unknown run {unknown[0]!r}; known: {', '.join((*HEALTHY, *BROKEN))}")
     runs = {}
     for name in args.only:
-        folders = [finished(args.runs_dir, name, seed) for seed in (SEEDS if name in HEALTHY else SEEDS[:1])]
-        if not all(folders):
+        seeds = SEEDS if name in HEALTHY else SEEDS[:1]
+        folders = [folder for seed in seeds if (folder := finished(args.runs_dir, name, seed))]
+        if not folders:
             raise Fatal(f"{name} is not trained: python experiments/evidence_runs.py; see --help")
         runs[name] = [logged(folder) for folder in folders]
     make_folder(args.out, hint="; see --out")
@@ -118,7 +119,7 @@ def main(args):
         print(f"| {name} | {' | '.join(cells)} |")
         path = args.out / f"{name}.png"
         if name in HEALTHY:
-            draw(path, f"{name}.py, {len(own)} seeds (line: mean, band: all; teacher --, data ..)", own)
+            draw(path, f"{name}.py, {len(own)} seed(s) (line: mean, band: all; teacher --, data ..)", own)
         else:
             what, healthy = BROKEN[name]
             draw(path, f"red: {what}; blue: healthy {healthy}.py", runs.get(healthy), own)
