@@ -615,7 +615,7 @@ def test_two_processes_do_not_train_into_one_run(tmp_path, fails):
     running.kill()
     running.communicate()
     run = Run(dmd.__file__, small_args(runs_dir=tmp_path, steps=1000, resume="latest"))
-    assert run.open_folder(resumed=True) == only_run(tmp_path), "a killed process holds nothing"
+    assert run.open_folder() == only_run(tmp_path), "a killed process holds nothing"
     run.close()
 
 
