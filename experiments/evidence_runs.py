@@ -116,6 +116,8 @@ class Args:
     """Runs at a time, one thread each."""
     runs_dir: Path = Path("runs/evidence")
     """Where runs, tables and sheets are written."""
+    train: bool = True
+    """--no-train: tables of those runs that are there."""
     list: bool = False
     """Print the commands and stop."""
 
@@ -169,7 +171,7 @@ def main(args):
             for seed in args.seeds:
                 print(" ".join(["python", *command(runs_dir, name, seed)]))
         return
-    while first:
+    while first and args.train:
         now = [name for name in first if RUNS[name][2] not in first]
         jobs = [(name, seed) for seed in args.seeds for name in now]
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -178,9 +180,19 @@ def main(args):
         if missing := [name for name in now for seed in args.seeds if not finished(runs_dir, name, seed)]:
             raise Fatal(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
     for table in args.tables:
-        folders = [str(finished(runs_dir, name, seed)) for name in TABLES[table] for seed in args.seeds]
-        look = ["--names", *(label for label in TABLES[table].values() for _ in args.seeds)]
-        look += ["--seeds", "16", "--teacher-steps", "25", "4", "--out", str(runs_dir / f"table_{table}")]
+        rows = [(finished(runs_dir, name, seed), name) for name in TABLES[table] for seed in args.seeds]
+        folders, names = zip(*((str(run), TABLES[table][name]) for run, name in rows if run))
+        look = [
+            "--names",
+            *names,
+            "--seeds",
+            "16",
+            "--teacher-steps",
+            "25",
+            "4",
+            "--out",
+            str(runs_dir / f"table_{table}"),
+        ]
         longer = ["--long"] if table == "causal" else []
         code = subprocess.call([sys.executable, "experiments/evidence.py", *folders, *look, *longer], cwd=ROOT)
         if code:
