@@ -180,21 +180,14 @@ def main(args):
         if missing := [name for name in now for seed in args.seeds if not finished(runs_dir, name, seed)]:
             raise Fatal(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
     for table in args.tables:
-        rows = [(finished(runs_dir, name, seed), name) for name in TABLES[table] for seed in args.seeds]
-        folders, names = zip(*((str(run), TABLES[table][name]) for run, name in rows if run))
-        look = [
-            "--names",
-            *names,
-            "--seeds",
-            "16",
-            "--teacher-steps",
-            "25",
-            "4",
-            "--out",
-            str(runs_dir / f"table_{table}"),
-        ]
-        longer = ["--long"] if table == "causal" else []
-        code = subprocess.call([sys.executable, "experiments/evidence.py", *folders, *look, *longer], cwd=ROOT)
+        rows = [(finished(runs_dir, name, seed), label) for name, label in TABLES[table].items() for seed in args.seeds]
+        rows = [(str(run), label) for run, label in rows if run]
+        if not rows:
+            raise Fatal(f"no run of the table {table} is in {runs_dir}: leave out --no-train")
+        folders, names = zip(*rows)
+        look = "--seeds 16 --teacher-steps 25 4".split() + (["--long"] if table == "causal" else [])
+        words = [*folders, "--names", *names, "--out", str(runs_dir / f"table_{table}"), *look]
+        code = subprocess.call([sys.executable, "experiments/evidence.py", *words], cwd=ROOT)
         if code:
             sys.exit(code)
 

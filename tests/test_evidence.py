@@ -282,11 +282,13 @@ def test_what_a_run_starts_from_is_trained_before_it_and_rows_have_short_names(t
     assert set(order) == set(evidence_runs.TABLES["causal"]) and order.index("causal_start") < order.index("causal")
     for words in trained[-3:]:
         assert words[words.index("--init") + 1] == str(tmp_path / "causal" / "x__tiny__3__now")
-    names = table[table.index("--names") + 1 : table.index("--seeds")]
+    names = table[table.index("--names") + 1 : table.index("--out")]
     assert names == list(evidence_runs.TABLES["causal"].values()) and len(names) == len(
         table[2 : table.index("--names")]
     )
     fails(lambda: evidence_runs.main(evidence_runs.Args(tables=("dmd3",))), "unknown table 'dmd3'")
+    untrained = evidence_runs.Args(tables=("i2v",), train=False, runs_dir=tmp_path)
+    fails(lambda: evidence_runs.main(untrained), "no run of the table i2v")
 
 
 def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
