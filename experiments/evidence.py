@@ -255,7 +255,7 @@ def main(args):
 
     # relations are compared with the teacher's, of other noise than that of the rows
     solver = euler(args.teacher_steps[0], first.guidance_scale)
-    parts = [relations(by_caption(sample(solver, 10**6 + i).cpu())) for i in range(2)]
+    parts = [relations(by_caption(sample(solver, 10**6 + i).cpu())) for i in range(min(2, args.repeats))]
     taught = [torch.stack(matrices).mean(0) for matrices in zip(*parts)]
     rows, shown = defaultdict(list), {}
 
