@@ -354,8 +354,7 @@ class TinyWorld(Samples):
         self.captions = encode_text(model, self.prompts, cache, device)
 
     def row(self, number):
-        factors = tiny.draw_factors(self.seed, number)
-        return factors["color"] * len(tiny.KINDS) + factors["kind"]
+        return tiny.draw_factors(self.seed, number)["caption"]
 
     def cond(self, numbers):
         return self.cond_of([self.row(number) for number in numbers], numbers)

@@ -86,7 +86,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 50, "lr": 2e-4, "fake_score_lr": 2e-4,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
-        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "score_times": (0.02, 0.98), "discriminator_blocks": (1, 3),
+        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "score_times": (0.02, 0.98), "discriminator_blocks": (1, 3, 5),
         "save_every": 25, "preview_every": 25, "preview_prompts": 12,
     },
 }  # fmt: skip

@@ -85,7 +85,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
-        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3),
+        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3, 5),
         "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip

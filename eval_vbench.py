@@ -1,6 +1,6 @@
 """VBench (Huang et al. 2023, arXiv 2311.17982) of a student or its teacher, beside metrics that need no weights.
 
-    python eval_vbench.py all --checkpoint runs/dmd2__tiny__0__… --out eval/student     # the tiny teacher's 12 captions
+    python eval_vbench.py all --checkpoint runs/dmd2__tiny__0__… --out eval/student     # 12 captions of the tiny world
     torchrun --nproc_per_node=8 eval_vbench.py generate --checkpoint RUN --vbench-info vbench-0.1.5-….whl --out DIR
     python eval_vbench.py score --out DIR && python eval_vbench.py report --out DIR --compare TEACHER_DIR
 
@@ -86,7 +86,7 @@ class Args:
     """Text file with one prompt per line instead of VBench's list; VBench is not run and there are no totals."""
     vbench_info: str | None = None
     """VBench_full_info.json, or a wheel of the vbench package that holds it. Else the installed package's, here or in
-    --vbench-python's environment. The tiny teacher has its 12 captions unless this or --prompts is given."""
+    --vbench-python's environment. The tiny teacher has 12 captions of its world unless this or --prompts is given."""
     images: str | None = None
     """Folder of the first frames of the list for an image-to-video teacher: that of entry n, from 1, is named n."""
     gen_prompts: str | None = None
@@ -163,7 +163,7 @@ def read_prompt_list(args, teacher):
     if args.prompts or (name_of(teacher) in TINY_WORLD and not args.vbench_info):
         if args.dims:
             raise Fatal("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
-        prompts = common.read_prompts(args.prompts) if args.prompts else tiny.CAPTIONS
+        prompts = common.read_prompts(args.prompts) if args.prompts else tiny.EXAMPLES
         entries, list_id = [{"prompt": prompt, "dimensions": []} for prompt in prompts], None
     else:
         text, source = vbench.find_info(args.vbench_info, vbench_python(args))

@@ -84,7 +84,7 @@ RECIPES = {  # the first row is everybody's; the others change it
     "tiny": {
         "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
         "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
-        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0), "discriminator_blocks": (1, 3),
+        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "phase_ends": (0.75, 0.0), "discriminator_blocks": (1, 3, 5),
         "lora_rank": 0, "ema_decay": 0.0, "save_every": 250, "preview_every": 250, "preview_prompts": 12,
     },
 }  # fmt: skip

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that `python docs/site.py` finds the package
 from docs.diffs import PAIRS, counts, unified  # noqa: E402
 
 PARTS = ROOT / "docs" / "site"
-PAGES = ("README.md", "docs/*.md", "tiny/README.md", "tiny/modes/README.md", "prompts/README.md")
+PAGES = ("README.md", "docs/*.md", "tiny/README.md", "prompts/README.md")
 MEDIA = (".png", ".webp", ".css", ".js")
 SHIM = re.compile(r'<script src="https://unpkg.com/iframe-worker/shim"[^>]*></script>')
 UNSEARCHED = "---\nsearch:\n  exclude: true\n{}\n---\n\n"

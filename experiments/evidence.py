@@ -5,8 +5,8 @@
 Runs that differ in nothing but --seed (and where they started and were written) are one row. It is named by method and
 sampling steps, and by what tells it from other rows of that name; below the table stand each row's training steps and
 all flags that are not its script's recipe. Factors are read from the pixels of clean clips (tiny/measures.py). Every
-row has the same number of samples: --seeds samples of each of the 12 captions for each training seed, from noise that
-no training saw.
+row has the same number of samples: --seeds samples of each of the world's EXAMPLES for each training seed, from noise
+that no training saw.
 """
 
 import json
@@ -41,9 +41,10 @@ from tiny import world as tiny  # noqa: E402
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "max_hours"}
 ASIDE |= {"preview_every", "preview_prompts", "preview_seeds", "teacher_steps"}
 METHODS = {"dmd": "DMD", "dmd2": "DMD2", "dfd": "DFD", "codmd": "CoDMD", "phased_dmd": "Phased DMD"}
-SHOWN = (0, 4, 11)  # captions on the sheet
+SHOWN = (0, 1, 2)  # captions on the sheet
 COLUMNS = {
-    "right": "right, %", "diversity": "diversity", "vendi": "Vendi", "direction": "direction entropy",
+    "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
+    "motions_present": "motions present, %", "diversity": "diversity",
     "position": "position spread, px", "saturation": "saturation", "brightness": "brightness",
     "background": "background", "clipped": "clipped pixels, %", "speed": "speed, px/frame",
     "coherence": "coherence, px", "residual": "residual", "frames": "frame relations", "samples": "sample relations",
@@ -57,19 +58,22 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders of any of the scripts; the newest checkpoint of each is sampled. FOLDER:raw samples the student
     itself where the export is its average."""
-    seeds: Annotated[int, Ge(1)] = 8
+    seeds: Annotated[int, Ge(1)] = 24
     """Samples of each caption, for each training seed."""
     repeats: Annotated[int, Ge(1)] = 3
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[Annotated[int, Ge(1)], ...] = (50, 4)
     """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    names: tuple[str, ...] = ()
+    """What to call the rows, a name for each run folder; else what tells them apart is their name."""
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
     out: Path = Path("runs/evidence")
-    """Folder for table.md, sheet.png, clips.webp (the sheet's clips, moving) and runs.json (the runs compared)."""
+    """Folder for table.md, sheet.png, clips.webp (six clips each of "a shape" and "a circle", moving) and runs.json
+    (the runs compared)."""
 
 
 def factors_of(clips):
@@ -100,27 +104,21 @@ def kl(p, q):
 
 
 def measure(clips, reference):
-    """Figures of clips [p, s, 3, f, h, w], one row per caption, as a dict of floats; see COLUMNS.
+    """Figures of clips [p, s, 3, f, h, w], a row for each of the world's EXAMPLES, as a dict of floats; see COLUMNS.
 
     residual: what one shape of one size and colour leaves unexplained in the worst frame, median over samples.
-    direction and position are within a caption, averaged over captions: what collapses when a student forgets a mode.
+    looks and motions are entropies of the modes that a caption leaves open (see measures.summary), which fall when a
+    student forgets some; position is the spread within a caption, averaged over captions.
     distance: W1 to the data over its standard deviation, averaged over the free factors; `reference` holds the data's
     factors. Needs two clean clips; NaN if there are fewer.
     """
     f = factors_of(clips)
     clean = f["clean"]
-    wanted = torch.arange(len(clips))[:, None]
-    right = clean & (f["color"] * len(tiny.KINDS) + f["kind"] == wanted)
-    preview, row = preview_metrics(clips), {"right": 100 * right.float().mean().item()}
-    row |= {"diversity": preview["diversity"], "vendi": preview["vendi"], "clipped": 100 * preview["clipped"]}
-    entropies, spreads = [], []
-    for p in range(len(clips)):
-        if clean[p].sum() > 1:
-            bins = torch.round(f["direction"][p][clean[p]] / (torch.pi / 4)).long() % 8
-            share = torch.bincount(bins, minlength=8).float() / len(bins)
-            entropies.append(torch.special.entr(share).sum() / torch.tensor(8.0).log())
-            spreads.append(torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))))
-    row["direction"] = torch.tensor(entropies).mean().item()
+    preview = preview_metrics(clips)
+    row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(clips.shape[1])])
+    row |= {"diversity": preview["diversity"], "clipped": 100 * preview["clipped"]}
+    several = [p for p in range(len(clips)) if clean[p].sum() > 1]
+    spreads = [torch.hypot(*(f[axis][p][clean[p]].std() for axis in ("x", "y"))) for p in several]
     row["position"] = torch.tensor(spreads).mean().item()
     for name in ("saturation", "brightness", "background", "speed", "coherence"):
         row[name] = f[name][clean].mean().item()
@@ -221,20 +219,22 @@ def main(args):
     check_flags(args)
     if not args.teacher_steps:
         raise Fatal("--teacher-steps must be at least one number")
+    if args.names and len(args.names) != len(args.runs):
+        raise Fatal(f"--names must be as many as run folders, got {len(args.names)} for {len(args.runs)}")
     runs = load_all(args.runs)
-    names = labels([words for words, *_ in runs])
+    names = dict(zip((words for words, *_ in runs), args.names)) or labels([words for words, *_ in runs])
     make_folder(args.out, hint="; see --out")
     _, _, first, checkpoint = runs[0]
     device = common.init_distributed()
     model = common.Model(first.teacher, first.frames, first.height, first.width)
     shape, cache = model.latent_shape, checkpoint.parents[2] / "cache"  # beside the run, which may have been moved
     captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
-    images = tiny.batch(1, range(10**9, 10**9 + len(tiny.CAPTIONS)), tiny.CAPTIONS)[0][:, None, :, 0]
+    images = tiny.batch(1, range(10**9, 10**9 + len(tiny.EXAMPLES)), tiny.EXAMPLES)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     vae, teacher = model.load_vae(device), model.load_network("teacher", device)
     # numbers that no training reaches
     reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
-    count = len(tiny.CAPTIONS) * args.seeds
+    count = len(tiny.EXAMPLES) * args.seeds
 
     def by_caption(x):
         return rearrange(x, "(p s) ... -> p s ...", s=args.seeds)
@@ -255,7 +255,7 @@ def main(args):
 
     # relations are compared with the teacher's, of other noise than that of the rows
     solver = euler(args.teacher_steps[0], first.guidance_scale)
-    parts = [relations(by_caption(sample(solver, 10**6 + i).cpu())) for i in range(2)]
+    parts = [relations(by_caption(sample(solver, 10**6 + i).cpu())) for i in range(min(2, args.repeats))]
     taught = [torch.stack(matrices).mean(0) for matrices in zip(*parts)]
     rows, shown = defaultdict(list), {}
 
@@ -271,9 +271,9 @@ def main(args):
 
     for seed in range(args.repeats):
         numbers = range(2 * 10**9 + count * seed, 2 * 10**9 + count * (seed + 1))
-        clips = tiny.batch(2, numbers, [caption for caption in tiny.CAPTIONS for _ in range(args.seeds)])[0]
+        clips = tiny.batch(2, numbers, [caption for caption in tiny.EXAMPLES for _ in range(args.seeds)])[0]
         if model.conditions:  # what else may follow these images
-            images_of = enumerate(tiny.CAPTIONS, 10**9)
+            images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
@@ -291,9 +291,9 @@ def main(args):
     below = [f'- "{name}": {", ".join(words[1:])}' for words, name in names.items()]
     lines = [*table_of(rows, args.transpose), "", *below]
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    picked = [(f"{name}: {tiny.CAPTIONS[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
+    picked = [(f"{name}: {tiny.EXAMPLES[p]}", clips[p, :4]) for p in SHOWN for name, clips in shown.items()]
     contact_sheet(args.out / "sheet.png", picked)
-    moving = [(name, clips[SHOWN, :4].flatten(0, 1)) for name, clips in shown.items()]
+    moving = [(name, clips[:2, :6].flatten(0, 1)) for name, clips in shown.items()]  # "a shape" and "a circle"
     moving_sheet(args.out / "clips.webp", moving, model.fps)
     (args.out / "runs.json").write_text(json.dumps(list(args.runs), indent=2) + "\n")
     print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; sheet.png and clips.webp (moving) beside it")

@@ -48,9 +48,7 @@ def opened(path):
     try:
         with Image.open(path) as file:
             yield file
-    except Image.DecompressionBombError:
-        raise Fatal(f"the image {path} has more pixels than Pillow reads: scale it down first") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Fatal(f"cannot read the image {path} ({str(error).splitlines()[0]})") from None
 
 

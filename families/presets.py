@@ -30,7 +30,7 @@ def wan(heads, layers, ffn, channels=(16, 16), **more):
 
 
 TINY, TINY_SIZE = Path(__file__).resolve().parents[1] / "tiny", (9, 32, 32)
-TINY_CONFIG = wan(4, 4, 384, (8, 8), text_dim=32)
+TINY_CONFIG = wan(4, 6, 384, (8, 8), text_dim=32)
 COSMOS = {
     "num_attention_heads": 16, "num_layers": 28, "in_channels": 17, "out_channels": 16, "text_embed_dim": 1024,
     "rope_scale": [1.0, 3.0, 3.0], "extra_pos_embed_type": None, "use_crossattn_projection": True,

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 from contextlib import contextmanager
 from functools import lru_cache
@@ -52,14 +51,9 @@ def read_prompts(path):
         raise Fatal(f"{path} is no text file: it holds NUL characters")
     if "" in prompts:
         raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
-    if prompts[0].startswith("{") or prompts[0].lower() in ("prompt", "prompts", "caption", "captions"):
-        raise Fatal(
-            f"{path}: line 1 is {prompts[0][:40]!r}: this is a table, write one prompt per line and nothing else"
-        )
-    header = re.split("[,;\t]", prompts[0].lower())
-    named = len(header) > 1 and {"caption", "text", "prompt"}.intersection(header)
+    named = prompts[0].startswith("{") or prompts[0].lower() in ("prompt", "prompts", "caption", "captions")
     if named or Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl"):
-        raise Fatal(f"{path} is a table: write its captions into a text file, one prompt per line")
+        raise Fatal(f"{path} is a table (line 1: {prompts[0][:40]!r}): write one prompt per line and nothing else")
     return prompts
 
 
@@ -97,9 +91,8 @@ def readable_by_all(path):
 
 @contextmanager
 def written_aside(path):
-    """Yield a hidden path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
-
-    Nobody else has that path: processes that write the same file do not disturb each other, the last one stands.
+    """Yield a hidden path beside `path` that nobody else has; rename it to `path` when the block succeeds, remove it when
+    it does not. Of processes that write the same file the last one stands.
     """
     path = Path(path)
     aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")

@@ -171,7 +171,8 @@ def parse_args(Args, recipes):
     row = recipe_of(args.teacher, recipes)
     whose = f"those of --teacher {args.teacher}" + ("" if row == args.teacher else f", the recipe of {row}")
     shown = f"The values below are {whose}; --teacher NAME --help shows another's."
-    return tyro.cli(Args, default=args, description=f"{Args.__doc__}\n\n{shown}")
+    about = sys.modules[Args.__module__].__doc__
+    return tyro.cli(Args, default=args, description=f"{about}\n{Args.__doc__}\n\n{shown}")
 
 
 @contextmanager

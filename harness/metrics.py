@@ -96,7 +96,6 @@ def preview_metrics(clips_by_prompt):
     motion = {"motion": frame_difference(clips_by_prompt)} if clips_by_prompt.shape[3] > 1 else {}
     return {
         "diversity": sum(pairwise_rms(clips) for clips in clips_by_prompt) / len(clips_by_prompt),
-        "vendi": sum(vendi_score(clips) for clips in clips_by_prompt) / len(clips_by_prompt),
         **saturation(clips_by_prompt),
         **motion,
     }

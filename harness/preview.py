@@ -78,7 +78,7 @@ class Preview:
             raise Fatal(f"videos of the preview {folder.name} are not finite: something broke before it", code=1)
         scores = metrics.preview_metrics(clips)
         if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
-            scores = {key: value for key, value in scores.items() if key not in ("diversity", "vendi")}
+            scores.pop("diversity")
         if self.model.world and set(self.labels) <= set(self.model.world.CAPTIONS):  # else nobody knows what is right
             captions = [label for label in self.labels for _ in range(clips.shape[1])]
             scores |= measures.summary(clips.flatten(0, 1), captions)

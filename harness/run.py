@@ -12,7 +12,6 @@ import subprocess
 import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -107,7 +106,7 @@ class Run:
         elif self.init:
             load_init(self.init, networks, self.args)
         resumed = bool(self.checkpoint) and self.folder == self.checkpoint.parents[1]
-        found = [self.open_folder(resumed) if self.rank == 0 else None]
+        found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
         if not found[0]:
             raise Fatal(f"another process trains in {self.folder}: wait until it has ended")
@@ -124,15 +123,15 @@ class Run:
         # under nohup a hang-up is ignored, and stays so
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
-    def open_folder(self, resumed):
+    def open_folder(self):
         """The run's folder, which no other process may train in while this one lives; None if one does."""
-        folder = self.folder if resumed else unused_folder(self.folder)
-        self.lock = open(folder / ".lock", "w")
+        make_folder(self.folder)
+        self.lock = open(self.folder / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return None
-        return folder
+        return self.folder
 
     def describe(self, resumed):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
@@ -276,17 +275,6 @@ def check_shared(folder):
         raise Fatal(
             f"{seen.count(False)} of {len(seen)} processes do not see {folder}: all machines must share --runs-dir"
         )
-
-
-def unused_folder(folder):
-    """Make the folder; if there is one already, the first of folder-2, folder-3, … that is not. Returns which."""
-    for i in count(1):
-        free = folder.with_name(f"{folder.name}-{i}") if i > 1 else folder
-        try:
-            free.mkdir()
-            return free
-        except FileExistsError:
-            pass
 
 
 def git_revision():

@@ -318,7 +318,7 @@ def test_evidence_of_twice_the_length(tmp_path):
 
 
 def test_drift_is_read_from_the_pixels():
-    clips, _ = world.batch(0, range(24), world.CAPTIONS * 2)
+    clips, _ = world.batch(0, range(24), world.EXAMPLES * 2)
     fading = clips * torch.linspace(1, 0.8, world.FRAMES).view(1, 1, -1, 1, 1)
     figures = evidence.drift(fading.unflatten(0, (12, 2)))
     bright = measures.read_factors(clips)["brightness"].mean().item()

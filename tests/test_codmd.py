@@ -10,7 +10,6 @@ import torch
 
 import codmd
 import dmd2
-from experiments import codmd_cells
 from tests.conftest import ROOT, distance, popen, same, small_args, student_weights
 from tests.gathered import student_gradient
 
@@ -102,20 +101,6 @@ def test_frame_relations_are_each_samples_own():
     x = [rows(3, 4, 5, 2, 2, seed=i) for i in range(3)]
     alone = [codmd.relation_loss(*(part[i : i + 1] for part in x), 0.0, 1.0, 0.1) for i in range(3)]
     torch.testing.assert_close(codmd.relation_loss(*x, 0.0, 1.0, 0.1), torch.stack(alone).mean())
-
-
-def test_cells_of_a_frame_tell_apart_what_its_mean_does_not():
-    """A bright cell that moves: the means of the frames are equal, those of their cells are orthogonal."""
-    moving = torch.zeros(1, 1, 4, 8, 8)
-    for frame, (top, left) in enumerate([(0, 0), (0, 4), (4, 2), (6, 6)]):
-        moving[0, 0, frame, top + 1, left + 1] = 1
-    still = torch.ones(1, 1, 4, 8, 8)
-    whole = codmd.relation_loss(still, moving, still, 0.0, 1.0, 0.1)
-    split = codmd_cells.relation_loss(still, moving, still, 0.0, 1.0, 0.1)
-    # teacher's rows: 1 on the diagonal, 0 beside it; the student's: all 1, moved by -(1 - teacher's)
-    p = torch.softmax(torch.tensor([1.0, 0, 0, 0]) / 0.1, dim=0)
-    assert whole.item() == pytest.approx(0, abs=1e-6)
-    assert split.item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -180,8 +180,8 @@ def test_hours_are_those_of_all_steps_and_of_the_teachers_samples(capsys, script
     [
         ({"gradient_checkpointing": 0}, 3 * 2),
         ({"gradient_checkpointing": 1}, 3 * 3),
-        ({"gradient_checkpointing": 2}, 3 * 2.5),  # of four blocks two run again
-        ({"gradient_checkpointing": 3}, 3 * 2.5),  # the first and the last
+        ({"gradient_checkpointing": 2}, 3 * 2.5),  # of six blocks three run again
+        ({"gradient_checkpointing": 3}, 3 * (2 + 1 / 3)),  # the first and the fourth
         ({"gradient_checkpointing": 0, "lora_rank": 4}, 2 * 1 + 2),
         ({"gradient_checkpointing": 1, "lora_rank": 4, "fake_lora_rank": 4}, 3 * 2),
     ],

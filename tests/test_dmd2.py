@@ -158,7 +158,7 @@ def test_clips_that_take_too_long_are_refused(tmp_path, fails):
         ({"student_sigmas": (1.0, 0.5, 0.5)}, ["--student-sigmas", "fall"]),
         ({"student_sigmas": ()}, ["--student-sigmas"]),
         ({"gan_weight": -1.0}, ["--gan-weight", "at least 0"]),
-        ({"discriminator_blocks": (1, 4)}, ["--discriminator-blocks", "0 to 3"]),
+        ({"discriminator_blocks": (1, 6)}, ["--discriminator-blocks", "0 to 5"]),
         ({"discriminator_blocks": (-1, 3)}, ["--discriminator-blocks", "from 0"]),
         ({"discriminator_blocks": ()}, ["--discriminator-blocks", "different numbers"]),
         ({"discriminator_blocks": (1, 1)}, ["--discriminator-blocks", "different numbers"]),

@@ -155,9 +155,8 @@ def test_preview_metrics_are_means_over_prompts():
     still = torch.stack([moving_square(0)] * 2)
     varied = torch.stack([moving_square(2), plain(1.0, 0.0, 0.0, f=5, size=32)])
     got = preview_metrics(torch.stack([still, varied]))
-    assert list(got) == ["diversity", "vendi", "saturation", "saturated", "clipped", "motion"]
+    assert list(got) == ["diversity", "saturation", "saturated", "clipped", "motion"]
     assert got["diversity"] == pytest.approx(pairwise_rms(varied) / 2) and got["diversity"] > 0
-    assert got["vendi"] == pytest.approx((1 + vendi_score(varied)) / 2, abs=1e-6)
     assert got["saturation"] == pytest.approx((saturation(still)["saturation"] + saturation(varied)["saturation"]) / 2)
     assert got["clipped"] == got["saturated"] == 1 / 4
     assert got["motion"] == pytest.approx(frame_difference(moving_square(2)) / 4)
@@ -216,19 +215,6 @@ def test_mp4_refuses_and_keeps_what_was_there(tmp_path, video, message):
     with pytest.raises(ValueError, match=message):
         write_mp4(tmp_path / "a.mp4", video, 8)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.mp4", "old")]
-
-
-def test_mp4_with_a_missing_frame_gets_no_name(tmp_path, monkeypatch):
-    video, open_file = noise(3, 9, 32, 32), av.open
-    write_mp4(tmp_path / "short.mp4", video[:, :8], 8)
-
-    def open_short(file, *mode, **options):  # what is read back lacks a frame
-        return open_file(file, *mode, **options) if mode else open_file(str(tmp_path / "short.mp4"))
-
-    monkeypatch.setattr(av, "open", open_short)
-    with pytest.raises(RuntimeError, match="8 of 9 frames"):
-        write_mp4(tmp_path / "a.mp4", video, 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["short.mp4"]
 
 
 def test_contact_sheet_dimensions_and_pixels(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from einops import rearrange
 from safetensors.torch import load_file
 
@@ -16,7 +16,7 @@ import common
 from families.images import to_pil
 from families.presets import PRESETS
 from tiny import measures, train, world
-from tiny.training import report, teacher, vae
+from tiny.training import teacher, vae
 from tiny.training.optim import orthogonalise
 
 TEACHER = Path(world.__file__).parent / "teacher"
@@ -47,17 +47,26 @@ def test_clips_depend_on_seed_and_index_only():
     assert not torch.equal(video, world.clip(4, 10**12)[0])
 
 
-def test_caption_fixes_colour_and_kind_and_nothing_else():
+def test_a_caption_fixes_what_it_names_and_nothing_else():
     free = world.draw_factors(0, 1)
-    for i, caption in enumerate(world.CAPTIONS):
+    assert len(world.CAPTIONS) == 1 + 3 + 4 + 12 + 48 and set(world.EXAMPLES) | set(world.LEVELS) <= set(world.CAPTIONS)
+    for i, (caption, named) in enumerate(world.NAMED.items()):
         video, said, factors = world.clip(0, 1, caption)
-        assert said == caption
-        assert (factors["color"], factors["kind"]) == divmod(i, len(world.KINDS))
-        assert all(factors[name] == free[name] for name in ("speed", "size", "brightness", "direction"))
+        assert said == caption == world.caption_of(named) and factors["caption"] == i
+        assert factors == free | named | {"caption": i, "x": factors["x"], "y": factors["y"]}
         read = measures.read_factors(video[None])
-        assert read["clean"] and read["color"] == factors["color"] and read["kind"] == factors["kind"]
+        assert read["clean"] and all(read[name] == factors[name] for name in world.MODES)
     with pytest.raises(ValueError, match="unknown caption"):
         world.clip(0, 0, "a purple circle")
+
+
+def test_clips_say_what_they_show_at_every_level_of_detail(clips):
+    _, captions, factors = clips
+    for level, names in world.LEVELS.items():
+        of_level = [i for i, caption in enumerate(captions) if tuple(world.NAMED[caption]) == names]
+        assert abs(len(of_level) / COUNT - 1 / 5) < 3 * math.sqrt(0.16 / COUNT), level
+        for i in of_level:
+            assert captions[i] == world.caption_of({name: factors[name][i].item() for name in names})
 
 
 def test_shape_stays_inside(clips):
@@ -69,29 +78,35 @@ def test_shape_stays_inside(clips):
     assert (area / expected - 1).abs().max() < 0.03
 
 
-def test_factors_are_uniform_and_direction_is_free(clips):
+def test_factors_are_uniform_and_modes_even(clips):
     _, _, factors = clips
     for name, (low, high) in world.RANGES.items():
         assert factors[name].min() >= low and factors[name].max() <= high
         assert abs(factors[name].mean() - (low + high) / 2) < 0.05 * (high - low)
-    unit = torch.stack([torch.cos(factors["direction"]), torch.sin(factors["direction"])])
-    assert unit.mean(1).norm() < 3 / math.sqrt(COUNT)
+    for name, values in world.MODES.items():
+        share = torch.bincount(factors[name], minlength=len(values)) / COUNT
+        assert (share * len(values) - 1).abs().max() < 0.25, name
+
+
+def test_the_background_ramps_around_its_mean(clips):
+    videos, _, factors = clips
+    corners = videos[:, :, :, [0, 0, -1, -1], [0, -1, 0, -1]].amin((1, 3))  # [b, f]; shapes seldom reach all four
+    ramp = corners[:, -1] - corners[:, 0]
+    assert ((ramp - factors["ramp"]).abs() < 1e-5).float().mean() > 0.9
+    assert ((corners.mean(1) - factors["background"]).abs() < 1e-5).float().mean() > 0.9
 
 
 def test_read_factors_recovers_what_was_rendered(clips):
     videos, captions, factors = clips
     read = measures.read_factors(videos)
     assert read["clean"].all()
-    assert torch.equal(read["color"], factors["color"]) and torch.equal(read["kind"], factors["kind"])
-    tolerances = {"x": 0.2, "y": 0.2, "speed": 0.02, "size": 0.06, "brightness": 5e-3, "saturation": 5e-3}
-    for name, tolerance in (tolerances | {"background": 1e-3}).items():
+    assert all(torch.equal(read[name], factors[name]) for name in world.MODES)
+    tolerances = {"x": 0.2, "y": 0.2, "speed": 0.02, "size": 0.1, "brightness": 5e-3, "saturation": 5e-3}
+    for name, tolerance in (tolerances | {"background": 1e-3, "ramp": 2e-3}).items():
         assert (read[name] - factors[name]).abs().max() < tolerance, name
-    turn = (read["direction"] - factors["direction"] + math.pi) % (2 * math.pi) - math.pi
-    assert turn.abs().max() < 0.03
     assert read["coherence"].max() < 0.08
     table = measures.summary(videos, captions)
     assert table["clean"] == table["right"] == 100
-    assert table["direction_tv"] < 0.15 and 0.97 < table["direction_entropy"] <= 1
 
 
 def blur(videos, weights):
@@ -141,31 +156,32 @@ def half(videos):
             "x": torch.full((3,), 16.0),
             "y": torch.full((3,), 12.0),
             "speed": torch.ones(3),
-            "direction": torch.full((3,), math.pi / 2),
-            "size": torch.full((3,), 5.0),
+            "direction": torch.full((3,), world.DIRECTIONS.index("down")),
+            "size": torch.full((3,), 6.0),
             "brightness": torch.full((3,), 0.7),
             "saturation": torch.full((3,), 0.8),
             "background": torch.full((3,), 0.2),
+            "ramp": torch.zeros(3),
         }
     )
     centred[..., 16:] = 0.2
     return centred
 
 
-def grow(videos):
-    """From the fifth frame on, the middle of the frame at twice the scale."""
-    doubled = videos[:, :, 4:, 8:24, 8:24].repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    return torch.cat([videos[:, :, :4], doubled], dim=2)
+def shrink(videos):
+    """From the fifth frame on, the frame at half the scale."""
+    small = F.pad(F.avg_pool3d(videos[:, :, 4:], (1, 2, 2)), (8, 8, 8, 8, 0, 0), mode="replicate")
+    return torch.cat([videos[:, :, :4], small], dim=2)
 
 
-@pytest.mark.parametrize("damage", [vanish, two_shapes, smear, half, grow, torch.rand_like, torch.zeros_like])
+@pytest.mark.parametrize("damage", [vanish, two_shapes, smear, half, shrink, torch.rand_like, torch.zeros_like])
 def test_damaged_clips_are_not_clean(clips, damage):
-    assert measures.read_factors(damage(clips[0][:96]))["clean"].float().mean() < 0.02
+    assert measures.read_factors(damage(clips[0][:192]))["clean"].float().mean() < 0.02
 
 
 def test_ghosts_and_colour_changes_are_not_clean(clips):
     videos, _, factors = clips
-    far = factors["speed"] > 1  # ghost and shape overlap less
+    far = (factors["y"] - 16).abs() > 4  # ghost and shape overlap less
     assert measures.read_factors(ghost(videos[far]))["clean"].float().mean() < 0.1
     turned = torch.cat([videos[:, :, :4], videos[:, :, 4:].roll(1, dims=1)], dim=2)
     assert measures.read_factors(turned)["clean"].float().mean() < 0.02
@@ -178,12 +194,40 @@ def test_jumps_are_incoherent(clips):
 
 
 def test_summary_counts_wrong_captions(clips):
-    videos, captions, _ = clips
-    wrong = [world.CAPTIONS[(world.CAPTIONS.index(c) + 1) % len(world.CAPTIONS)] for c in captions]
-    table = measures.summary(videos, wrong)
-    assert table["clean"] == 100 and table["right"] == 0
-    empty = measures.summary(torch.zeros(4, 3, world.FRAMES, world.SIZE, world.SIZE), captions[:4])
-    assert empty["clean"] == 0 and math.isnan(empty["speed_mean"])
+    videos, _, factors = clips
+    named = [{name: int(factors[name][i]) for name in world.MODES} for i in range(96)]
+    for name, values in world.MODES.items():  # wrong in one word
+        wrong = [world.caption_of(modes | {name: (modes[name] + 1) % len(values)}) for modes in named]
+        table = measures.summary(videos[:96], wrong)
+        assert table["clean"] == 100 and table["right"] == 0, name
+    for names in world.LEVELS.values():
+        true = [world.caption_of({name: modes[name] for name in names}) for modes in named]
+        assert measures.summary(videos[:96], true)["right"] == 100, names
+    empty = measures.summary(torch.zeros(4, 3, world.FRAMES, world.SIZE, world.SIZE), ["a shape"] * 4)
+    assert empty["clean"] == 0 and math.isnan(empty["speed_mean"]) and math.isnan(empty["looks"])
+
+
+def test_a_mode_is_present_above_a_quarter_of_its_even_share():
+    """Of 12 modes the even share is 8.3 %: one of 96 samples is below a quarter of it, three are above."""
+    assert measures.spread_over(torch.tensor([0] * 95 + [1]), 12)[1] == pytest.approx(1 / 12)
+    assert measures.spread_over(torch.tensor([0] * 93 + [1] * 3), 12)[1] == pytest.approx(2 / 12)
+
+
+def test_modes_are_counted_per_caption():
+    """Of what a caption leaves open: all looks, half of them, one; a wrong sample counts for none."""
+    even = [world.caption_of({"color": i % 4, "kind": i % 3, "direction": i // 12}) for i in range(48)]
+    videos, _ = world.batch(0, range(48), even)
+    table = measures.summary(videos, ["a shape"] * 48)
+    assert [table["looks"], table["motions"]] == pytest.approx([1, 1])
+    assert table["looks_present"] == table["motions_present"] == 100
+    half = measures.summary(world.batch(0, range(48), [even[i % 6] for i in range(48)])[0], ["a shape"] * 48)
+    assert half["looks"] == pytest.approx(math.log(6) / math.log(12)) and half["looks_present"] == pytest.approx(50)
+    assert half["motions"] == 0 and half["motions_present"] == 25
+    one = measures.summary(videos, ["a red circle"] * 48)  # 4 of the 48 are, in four directions
+    assert one["right"] == pytest.approx(100 / 12) and one["motions"] == pytest.approx(1)
+    assert math.isnan(one["looks"]), "no look is left open"
+    both = measures.summary(torch.cat([videos, videos[:12:4]]), ["a shape"] * 48 + ["a circle"] * 3)
+    assert both["looks"] == pytest.approx(0.5, abs=0.01)  # the mean of 1 and of the circles', all in one colour
 
 
 # --- the shipped teacher ---
@@ -225,7 +269,7 @@ def test_tokenizer_ends_and_pads_like_t5(pipe):
 
 @pytest.mark.parametrize("length", [16, 512])
 def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
-    captions = world.CAPTIONS[:: 1 if length == 16 else 4]
+    captions = world.EXAMPLES[:: 1 if length == 16 else 2]
     frames = pipe(
         captions,
         height=32,
@@ -239,53 +283,6 @@ def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
     ).frames
     table = measures.summary(rearrange(frames, "b f c h w -> b c f h w"), captions)
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
-
-
-def test_levels_show_where_the_clip_behind_the_noise_is_lost(capsys, monkeypatch):
-    stock, starts = FlowMatchEulerDiscreteScheduler.set_timesteps, []
-
-    def set_timesteps(self, sigmas):
-        stock(self, sigmas=sigmas)
-        starts.append(self.sigmas[0])
-
-    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", set_timesteps)
-    report.levels(train.Args(out=TEACHER, samples=24), steps=4)
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [float(row[0]) for row in rows] == [0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]
-    torch.testing.assert_close(torch.stack(starts), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1]))
-    size = {float(row[0]): float(row[3].split(",")[2]) for row in rows}  # correlation with the clip's own
-    assert min(size[0], size[0.1], size[0.3]) > 0.95 and abs(size[1]) < 0.6  # pure noise knows nothing of the clip
-    assert float(rows[0][1]) == float(rows[1][1]) == 100
-    assert abs(float(rows[0][5].split(",")[0])) < 2  # saturation, %: without the latents' mean it is 2 high
-
-
-def test_excess_is_the_error_beyond_the_best_possible_one():
-    """x0 ~ N(0, 1) and x_t = (1 - s) x0 + s noise: the posterior is known, and so is the price of a wrong guess."""
-    g = torch.Generator().manual_seed(0)
-    s, x0 = 0.6, torch.randn(20_000, 1, generator=g)
-    x_t = (1 - s) * x0 + s * torch.randn(x0.shape, generator=g)
-    exact = (1 - s) / ((1 - s) ** 2 + s**2) * x_t
-    prediction = 1.1 * exact + 0.2
-    wanted = [s**2 / ((1 - s) ** 2 + s**2), (prediction - exact).square().mean().item()]
-    assert report.excess(prediction, x0, [exact, exact]) == pytest.approx(wanted, rel=0.03)
-    # a hundred clips per half: their noise is several times the excess, and is gone from the product
-    sigma, rough = torch.full((500,), s), []
-    for rows in torch.arange(len(x0)).split(500):
-        clips = torch.randn(2, 100, 1, generator=g)
-        halves = [teacher.posterior_mean(x_t[rows], sigma, half, half.square().sum(1)) for half in clips]
-        rough.append(report.excess(prediction[rows], x0[rows], halves))
-    assert torch.tensor(rough).mean(0).tolist() == pytest.approx(wanted, rel=0.1)
-
-
-def test_denoiser_table_adds_up(capsys):
-    """What the teacher's error is made of: that of the best possible prediction, and what it is beyond that."""
-    report.denoiser(train.Args(out=TEACHER, samples=64, clips=512))
-    rows = [[float(c) for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[0] for row in rows] == [0.9, 0.93, 0.95, 0.98, 1]
-    for _, best, total, beyond, percent in rows[2:]:  # below, 256 clips per half are too few
-        assert total == pytest.approx(best + beyond, rel=0.05)
-        assert percent == pytest.approx(100 * beyond / best, rel=0.02, abs=0.2)
-        assert 0 < beyond < 0.1 * best
 
 
 # --- training ---
@@ -358,8 +355,6 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"steps": 0},
         {"clips": 100},
         {"stage": "report", "out": tmp_path},
-        {"stage": "levels", "out": tmp_path},
-        {"stage": "denoiser", "out": tmp_path},
         {"stage": "teacher", "work": tmp_path},
         {"stage": "image-to-video", "out": tmp_path},
         {"guidance_scale": math.nan},
@@ -393,26 +388,54 @@ def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
     assert (target - wanted).square().mean() < wanted.square().mean()
 
 
-def test_continuations_begin_with_the_clip_and_move_as_the_world_does():
-    """A clip's own motion is one more draw from the motions that its first frame leaves open: shapes at the edge move
-    inwards in both alike.
+def test_training_shows_true_captions_and_expects_the_mean_of_true_clips(tmp_path, monkeypatch):
+    """At high noise the target is the mean of all clips that the caption is true of; below it is the clip itself."""
+    latents = torch.randn(64, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(teacher, "cached_latents", lambda *_: latents)
+    data = teacher.Clips(train.Args(clips=64, seed=0, work=tmp_path), None)
+    rows, g = torch.arange(64).repeat(20), torch.Generator().manual_seed(0)
+    drop = torch.arange(len(rows)) % 7 == 0
+    shown, empty = data.shown(rows, drop, g), len(world.CAPTIONS)
+    assert ((shown == empty) == drop).all()
+    factors = [world.draw_factors(2, i) for i in range(64)]
+    for row, caption in zip(rows.tolist(), shown.tolist()):
+        if caption < empty:
+            named = world.NAMED[world.CAPTIONS[caption]]
+            assert all(factors[row][name] == index for name, index in named.items())
+    levels = [len(world.NAMED[world.CAPTIONS[caption]]) for caption in shown[~drop].tolist()]
+    assert set(levels) == {0, 1, 2, 3}
+    red = world.CAPTIONS.index("a red shape")
+    shown, sigma = torch.tensor([red, empty, empty]), torch.tensor([1.0, 1.0, 0.5])
+    x0 = latents[:3].clone()
+    data.expect(x0, torch.randn(3, 2, 1, 2, 2), sigma, shown)
+    reds = [i for i in range(64) if factors[i]["color"] == 0]
+    torch.testing.assert_close(x0, torch.stack([latents[reds].mean(0), latents.mean(0), latents[2]]))
+
+
+def test_continuations_begin_with_the_clip_and_go_on_as_the_world_does():
+    """A clip's own motion and ramp are one more draw from those that its first frame leaves open: shapes at the edge
+    move inwards in both alike, and what begins dark grows lighter.
     """
     clips, _ = world.batch(3, [7], [world.CAPTIONS[4]])
     others = world.continuations(3, 7, world.CAPTIONS[4], 6)
-    assert torch.equal(others[:, :, 0], clips[:, :, 0].expand(6, -1, -1, -1))
+    torch.testing.assert_close(others[:, :, 0], clips[:, :, 0].expand(6, -1, -1, -1), atol=1e-6, rtol=0)
     assert not torch.equal(others, world.continuations(3, 7, world.CAPTIONS[4], 6, draw=1))
+    assert len(set(world.others(3, 7, "a red circle moving left", 50)["direction"].tolist())) == 1
 
     own, other = [], []
     for i in range(600):
-        factors = world.draw_factors(3, i)
-        speed, direction = world.other_motions(3, i, None, 1)
-        for rows, s, d in ((own, factors["speed"], factors["direction"]), (other, speed.item(), direction.item())):
-            inwards = (16 - factors["x"]) * math.cos(d) + (16 - factors["y"]) * math.sin(d)
-            rows.append((inwards, s, s * inwards, s**2, math.sin(d), math.cos(d)))
+        factors = world.draw_factors(3, i, "a shape")
+        another = {name: values.item() for name, values in world.others(3, i, "a shape", 1).items()}
+        for rows, f in ((own, factors), (other, another)):
+            step_x, step_y = world.STEPS[f["direction"]]
+            inwards, first = (16 - f["x"]) * step_x + (16 - f["y"]) * step_y, f["background"] - f["ramp"] / 2
+            rows.append((inwards, f["speed"], f["speed"] * inwards, step_x, step_y, f["ramp"], f["ramp"] * first))
+            assert 0.2 <= f["background"] <= 0.4
     own, other = torch.tensor(own), torch.tensor(other)
     error = (own - other).std(0) / 600**0.5
     assert ((own - other).mean(0).abs() < 3.5 * error).all()
     assert own[:, 0].mean() > 10 * error[0], "directions drawn alike would have a mean of 0"
+    assert own[:, 6].mean() < -5 * error[6]
 
 
 def test_stock_pipeline_goes_on_from_an_image():

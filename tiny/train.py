@@ -22,8 +22,8 @@ from diffusers import WanPipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tiny/train.py` finds the package
 
 from tiny.training.image_to_video import train_image_to_video  # noqa: E402
-from tiny.training.report import denoiser, levels, report  # noqa: E402
-from tiny.training.teacher import Clips, train_teacher  # noqa: E402
+from tiny.training.report import report  # noqa: E402
+from tiny.training.teacher import train_teacher  # noqa: E402
 from tiny.training.vae import vae_stage  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -31,12 +31,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Args:
-    stage: Literal["all", "vae", "teacher", "report", "image-to-video", "levels", "denoiser"] = "all"
-    """What to run: `all` is `vae`, `teacher` and `report`, each of which needs those before it. Three more read `out`.
+    stage: Literal["all", "vae", "teacher", "report", "image-to-video"] = "all"
+    """What to run: `all` is `vae`, `teacher` and `report`, each of which needs those before it.
     `report` writes samples.png beside the folder `out`.
-    `image-to-video`: the teacher trained on with the first frame given, into <out>_i2v.
-    `levels`: clips noised to each of some levels and denoised from there, so one sees at which noise a factor is lost.
-    `denoiser`: the error of the teacher's prediction at high noise beside that of the best possible one."""
+    `image-to-video`: the teacher of `out` trained on with the first frame given, into <out>_i2v."""
     out: Path = HERE.parent / "runs" / "tiny" / "teacher"
     """Folder of the trained teacher, in the diffusers layout. The shipped one is tiny/teacher."""
     work: Path = HERE.parent / "runs" / "tiny"
@@ -57,9 +55,9 @@ class Args:
     """Weight of the mean KL per latent value against the mean absolute error per pixel."""
     clips: int = 16384
     """Clips that the teacher trains on, encoded once."""
-    steps: int = 57500
+    steps: int = 15000
     """Teacher updates."""
-    i2v_steps: int = 6000
+    i2v_steps: int = 3000
     """Updates of the image-to-video teacher, at half the learning rate."""
     batch: int = 32
     """Clips per teacher update."""
@@ -79,8 +77,8 @@ class Args:
     """Updates between two snapshots, in every stage."""
     guidance_scale: float = 2.0
     """Guidance in the last column of the report, and the one recommended to trainers."""
-    samples: int = 528
-    """Samples per column of the report; clips that `levels` and `denoiser` noise."""
+    samples: int = 240
+    """Samples per column and level of detail of the report."""
 
 
 def check(args):
@@ -101,23 +99,20 @@ def check(args):
         problem = "--dropout must be in [0, 1] and --ema-decay in [0, 1)"
     if args.stage == "teacher" and not (args.work / "vae" / "config.json").exists():
         problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
-    if (
-        args.stage in ("report", "image-to-video", "levels", "denoiser")
-        and not (args.out / "model_index.json").exists()
-    ):
+    if args.stage in ("report", "image-to-video") and not (args.out / "model_index.json").exists():
         problem = f"no teacher in {args.out}: run --stage all first"
     try:  # before hours of training, not at the first snapshot
         if args.stage in ("all", "vae", "teacher", "image-to-video"):
             args.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot write --work {args.work}: {error.strerror}"
-    if not problem and args.stage in ("report", "image-to-video", "levels", "denoiser"):
+    if not problem and args.stage in ("report", "image-to-video"):
         try:
             WanPipeline.from_pretrained(args.out)
         except Exception as error:  # of a damaged folder each of its libraries raises its own
             problem = f"cannot read the teacher in {args.out}: {str(error).strip().splitlines()[0]}"
     if problem:
-        print(f"{sys.argv[0]}: {problem}", file=sys.stderr)
+        print(f"tiny/train.py: {problem}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -128,15 +123,11 @@ def main(args):
     if args.stage in ("all", "vae"):
         vae_stage(args)
     if args.stage in ("all", "teacher"):
-        train_teacher(args, Clips(args))
+        train_teacher(args)
     if args.stage in ("all", "report"):
         report(args)
     if args.stage == "image-to-video":
         train_image_to_video(args)
-    if args.stage == "levels":
-        levels(args)
-    if args.stage == "denoiser":
-        denoiser(args)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""The tiny world: one coloured shape moves in a straight line over a plain grey background.
+"""The tiny world: one coloured shape slides over a grey background that grows lighter or darker.
 
-A clip is 9 frames of 32 x 32 pixels at 8 frames per second, float32 in [0, 1], laid out `c f h w`. Its caption
-("a red circle") fixes the colour and the kind; everything else is free. A clip is a function of (seed, index), so there
-is no state and no last clip. tiny/measures.py goes the other way, from pixels back to the factors.
+A clip is 9 frames of 32 x 32 pixels at 8 frames per second, float32 in [0, 1], laid out `c f h w`. A caption names its
+colour, kind and direction, or some of them, or none: "a red circle moving left", "a red circle", "a circle",
+"a red shape", "a shape". What it leaves open are its modes: 1, 4, 16, 12 and 48 of them. Everything else is always
+free. A clip is a function of (seed, index), so there is no state and no last clip. tiny/measures.py goes the other way,
+from pixels back to the factors.
 
-Positions are in pixels from the top-left corner of the frame (pixel j covers [j, j + 1]), directions in radians with
-y pointing down, speeds in pixels per frame. `size` is the radius of the circle that has the shape's area.
+Positions are in pixels from the top-left corner of the frame (pixel j covers [j, j + 1]), speeds in pixels per frame.
+`size` is the radius of the circle that has the shape's area, `background` the mean grey level over the clip and `ramp`
+the level of its last frame less that of its first.
 
     video, caption, factors = clip(seed=0, index=7)
     videos, captions = batch(seed=0, indices=range(64))
 """
 
 import math
+from itertools import product
 
 import numpy as np
 import torch
@@ -20,17 +24,51 @@ from einops import rearrange
 FRAMES, SIZE, FPS = 9, 32, 8
 COLORS = ["red", "green", "blue", "yellow"]
 KINDS = ["circle", "square", "triangle"]
-CAPTIONS = [f"a {color} {kind}" for color in COLORS for kind in KINDS]
+DIRECTIONS = ["left", "right", "up", "down"]
 
-# ranges of the free factors, each uniform; the direction is uniform on the circle
+# ranges of the factors that no caption names, each uniform
 RANGES = {
-    "speed": (0.5, 1.5),
-    "size": (4.5, 6.5),
+    "speed": (0.8, 1.6),
+    "size": (5.0, 7.0),
     "brightness": (0.6, 0.9),
     "saturation": (0.65, 0.95),
-    "background": (0.1, 0.4),
+    "background": (0.2, 0.4),
+    "ramp": (-0.25, 0.25),
 }
 
+# what each level of detail names, and how it reads; clips have a level with equal chances
+LEVELS = {
+    "a shape": (),
+    "a circle": ("kind",),
+    "a red shape": ("color",),
+    "a red circle": ("color", "kind"),
+    "a red circle moving left": ("color", "kind", "direction"),
+}
+MODES = {"color": COLORS, "kind": KINDS, "direction": DIRECTIONS}
+
+
+def caption_of(named):
+    """The caption that names these modes: a dict of indices of some of `color`, `kind` and `direction`."""
+    words = [MODES[name][named[name]] if name in named else "" for name in MODES]
+    moving = f"moving {words[2]}" if words[2] else ""
+    return " ".join(word for word in ("a", words[0], words[1] or "shape", moving) if word)
+
+
+# what previews and tables show: every look is left open somewhere, and every direction
+EXAMPLES = [
+    "a shape", "a circle", "a red shape", "a yellow circle moving up", "a square", "a triangle", "a green shape",
+    "a blue shape", "a yellow shape", "a red circle", "a green square", "a blue triangle moving left",
+]  # fmt: skip
+# {caption: the modes it names}, the examples first
+NAMED = dict.fromkeys(EXAMPLES)
+for names in LEVELS.values():
+    for indices in product(*(range(len(MODES[name])) for name in names)):
+        named = dict(zip(names, indices))
+        NAMED[caption_of(named)] = named
+CAPTIONS = list(NAMED)
+
+# how x and y change in each of DIRECTIONS; y points down
+STEPS = [(-1, 0), (1, 0), (0, -1), (0, 1)]
 # fully saturated RGB, in the order of COLORS
 TINTS = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 1.0, 0]])
 
@@ -46,26 +84,26 @@ REACH = {
 
 
 def draw_factors(seed, index, caption=None):
-    """Factors of clip `index` of the stream `seed` (integers >= 0), as a dict of floats, color and kind as indices.
+    """Factors of clip `index` of the stream `seed` (integers >= 0), as a dict: floats, color, kind and direction as
+    indices, caption as an index into CAPTIONS.
 
-    A given caption changes color and kind only. The mid-point of the track is uniform over all places that keep the
-    whole shape inside the frame, so the direction stays independent of every other factor.
+    A given caption changes what it names and nothing else. The mid-point of the track is uniform over all places that
+    keep the whole shape inside the frame, so the direction stays independent of every other factor.
     """
     rng = np.random.default_rng([seed, index])
-    number = int(rng.integers(len(CAPTIONS)))  # drawn in any case, so that the later draws stay the same
-    if caption is not None:
-        if caption not in CAPTIONS:
-            raise ValueError(f"unknown caption {caption!r}; captions read like {CAPTIONS[0]!r}")
-        number = CAPTIONS.index(caption)
-    color, kind = divmod(number, len(KINDS))
-    f = {name: float(rng.uniform(low, high)) for name, (low, high) in RANGES.items()}
-    f["direction"] = float(rng.uniform(-math.pi, math.pi))
-    left, right, up, down = (f["size"] * reach for reach in REACH[KINDS[kind]])
-    half_x = f["speed"] * math.cos(f["direction"]) * (FRAMES - 1) / 2
-    half_y = f["speed"] * math.sin(f["direction"]) * (FRAMES - 1) / 2
+    f = {name: int(rng.integers(len(values))) for name, values in MODES.items()}
+    names = list(LEVELS.values())[rng.integers(len(LEVELS))]  # drawn in any case, so that later draws stay the same
+    if caption is None:
+        caption = caption_of({name: f[name] for name in names})
+    elif caption not in NAMED:
+        raise ValueError(f"unknown caption {caption!r}; captions read like {CAPTIONS[-1]!r}")
+    f |= NAMED[caption] | {"caption": CAPTIONS.index(caption)}
+    f |= {name: float(rng.uniform(low, high)) for name, (low, high) in RANGES.items()}
+    left, right, up, down = (f["size"] * reach for reach in REACH[KINDS[f["kind"]]])
+    half_x, half_y = (f["speed"] * step * (FRAMES - 1) / 2 for step in STEPS[f["direction"]])
     mid_x = rng.uniform(left + abs(half_x), SIZE - right - abs(half_x))
     mid_y = rng.uniform(up + abs(half_y), SIZE - down - abs(half_y))
-    return f | {"color": color, "kind": kind, "x": float(mid_x - half_x), "y": float(mid_y - half_y)}
+    return f | {"x": float(mid_x - half_x), "y": float(mid_y - half_y)}
 
 
 def coverage(x, y, size, edge=1.0):
@@ -89,13 +127,13 @@ def coverage(x, y, size, edge=1.0):
 def render(factors):
     """Videos [b, 3, f, h, w] of a dict of [b] tensors, see `draw_factors`."""
     f = {name: torch.as_tensor(value) for name, value in factors.items()}
-    time = torch.arange(FRAMES)
-    x = f["x"][:, None] + f["speed"][:, None] * torch.cos(f["direction"])[:, None] * time
-    y = f["y"][:, None] + f["speed"][:, None] * torch.sin(f["direction"])[:, None] * time
+    time, step = torch.arange(FRAMES), f["speed"][:, None] * torch.tensor(STEPS)[f["direction"]]
+    x, y = f["x"][:, None] + step[:, :1] * time, f["y"][:, None] + step[:, 1:] * time
     alpha = coverage(x, y, f["size"])[torch.arange(len(x)), f["kind"]]
     color = f["brightness"][:, None] * (1 - f["saturation"][:, None] * (1 - TINTS[f["color"]]))
     alpha, color = rearrange(alpha, "b f h w -> b 1 f h w"), rearrange(color, "b c -> b c 1 1 1")
-    background = rearrange(f["background"], "b -> b 1 1 1 1")
+    background = f["background"][:, None] + f["ramp"][:, None] * (time / (FRAMES - 1) - 0.5)
+    background = rearrange(background, "b f -> b 1 f 1 1")
     return background + alpha * (color - background)
 
 
@@ -105,35 +143,40 @@ def batch(seed, indices, captions=None):
         captions = [captions] * len(indices)
     rows = [draw_factors(seed, int(index), caption) for index, caption in zip(indices, captions, strict=True)]
     factors = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-    return render(factors), [f"a {COLORS[row['color']]} {KINDS[row['kind']]}" for row in rows]
+    return render(factors), [CAPTIONS[row["caption"]] for row in rows]
 
 
 def clip(seed, index, caption=None):
-    """Video [3, f, h, w], its caption, and its factors as a dict; a given `caption` fixes colour and kind."""
+    """Video [3, f, h, w], its caption, and its factors as a dict; a given `caption` fixes what it names."""
     videos, captions = batch(seed, [index], caption)
     return videos[0], captions[0], draw_factors(seed, index, caption)
 
 
-def other_motions(seed, index, caption, count, draw=0):
-    """Speeds and directions, two tensors [count], of other clips that begin with the first frame of a clip.
+def others(seed, index, caption, count, draw=0):
+    """Factors, a dict of [count] tensors, of other clips that begin with the first frame of a clip.
 
-    They are drawn from what the world gives a shape that is there: uniform, weighed by how likely each puts it there
-    (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries.
+    They are drawn from what the world gives a shape that is there, before that grey: uniform, weighed by how likely
+    each puts it there (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries. A
+    direction that the caption names stays.
     """
     f, rng = draw_factors(seed, index, caption), np.random.default_rng([seed, index, 1, draw])
-    speed, direction = rng.uniform(*RANGES["speed"], 4096), rng.uniform(-math.pi, math.pi, 4096)
-    weight = np.ones(4096)
+    speed, ramp = rng.uniform(*RANGES["speed"], 4096), rng.uniform(*RANGES["ramp"], 4096)
+    direction = rng.integers(len(DIRECTIONS), size=4096)
+    if "direction" in NAMED[CAPTIONS[f["caption"]]]:
+        direction[:] = f["direction"]
+    background, (lowest, highest) = f["background"] + (ramp - f["ramp"]) / 2, RANGES["background"]
+    weight, steps = 1.0 * (lowest <= background) * (background <= highest), np.array(STEPS)[direction].T
     reach = [f["size"] * reach for reach in REACH[KINDS[f["kind"]]]]
-    for start, step, (before, after) in (("x", np.cos(direction), reach[:2]), ("y", np.sin(direction), reach[2:])):
+    for start, step, (before, after) in (("x", steps[0], reach[:2]), ("y", steps[1], reach[2:])):
         half = speed * step * (FRAMES - 1) / 2
         low, high = before + abs(half), SIZE - after - abs(half)
         weight *= (low <= f[start] + half) * (f[start] + half <= high) / (high - low)
     picked = rng.choice(4096, count, p=weight / weight.sum())
-    return torch.from_numpy(speed[picked]).float(), torch.from_numpy(direction[picked]).float()
+    new = {"speed": speed, "direction": direction, "ramp": ramp, "background": background}
+    same = {name: torch.tensor([x] * count) for name, x in f.items()}
+    return same | {name: torch.from_numpy(x[picked]).to(same[name].dtype) for name, x in new.items()}
 
 
 def continuations(seed, index, caption, count, draw=0):
     """Videos [count, 3, f, h, w] of other clips that begin with the first frame of clip (seed, index, caption)."""
-    speed, direction = other_motions(seed, index, caption, count, draw)
-    same = {name: torch.tensor([x] * count) for name, x in draw_factors(seed, index, caption).items()}
-    return render(same | {"speed": speed, "direction": direction})
+    return render(others(seed, index, caption, count, draw))

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from tiny import world
 from tiny.training.optim import Muon, generator, load_state, save_state, trapezoid_lr
-from tiny.training.teacher import PaddedText, cached_latents, padding_bias, text_table
+from tiny.training.teacher import Clips, PaddedText, padding_bias, text_table
 
 
 def save_image_to_video(args, transformer):
@@ -46,7 +46,7 @@ def train_image_to_video(args):
     text-to-video teacher at high noise, is not that over the clips with this first frame.
     """
     pipe = WanPipeline.from_pretrained(args.out)
-    latents, labels = cached_latents(args, pipe.vae, "i2v-latents")
+    data = Clips(args, pipe.vae, "i2v-latents")
     tokens = pipe.tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
     with torch.no_grad():
         table = text_table(pipe.text_encoder, tokens)
@@ -65,20 +65,20 @@ def train_image_to_video(args):
 
     for step in range(start, args.i2v_steps):
         g = generator(args.seed, step, 5)
-        rows = torch.randint(len(latents), (args.batch,), generator=g)
-        x0 = latents[rows].float()
+        rows = torch.randint(args.clips, (args.batch,), generator=g)
+        x0 = data.latents[rows]
         u = (torch.arange(args.batch) + torch.rand(args.batch, generator=g)) / args.batch
         sigma = args.train_shift * u / (1 + (args.train_shift - 1) * u)
         noise = torch.randn(x0.shape, generator=g)
-        level = sigma[:, None].repeat(1, x0.shape[2])
-        level[:, 0] = 0  # the first frame is known, and its tokens are told so
-        s = rearrange(level, "b f -> b 1 f 1 1")
+        levels = sigma[:, None].repeat(1, x0.shape[2])
+        levels[:, 0] = 0  # the first frame is known, and its tokens are told so
+        s = rearrange(levels, "b f -> b 1 f 1 1")
         x_t = (1 - s) * x0 + s * noise
         tokens_per_frame = x0.shape[3] // 2 * (x0.shape[4] // 2)
-        timestep = 1000 * level.repeat_interleave(tokens_per_frame, dim=1)
+        timestep = 1000 * levels.repeat_interleave(tokens_per_frame, dim=1)
 
         drop = torch.rand(args.batch, generator=g) < args.dropout
-        text = table[torch.where(drop, len(world.CAPTIONS), labels[rows])]
+        text = table[data.shown(rows, drop, g)]
         padded.bias = padding_bias(text, g)
         v = velocity(x_t, timestep, text, return_dict=False)[0]
         loss = F.mse_loss(v[:, :, 1:], (noise - x0)[:, :, 1:])

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from copy import deepcopy
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 6 toke
 STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
 
 
-def build_tokenizer(captions=world.CAPTIONS):
+def build_tokenizer():
     """A word-level tokenizer of the captions' words, with T5's special tokens: one `</s>` at the end, then padding."""
-    words = dict.fromkeys(word for caption in captions for word in caption.split())
+    words = dict.fromkeys(word for caption in world.CAPTIONS for word in caption.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -54,7 +55,7 @@ def build_text_encoder(vocabulary):
     return UMT5EncoderModel(config)
 
 
-def build_transformer(layers=4):
+def build_transformer():
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),  # 5 x 8 x 8 latents, 80 tokens
         num_attention_heads=4,
@@ -64,7 +65,7 @@ def build_transformer(layers=4):
         text_dim=32,
         freq_dim=64,
         ffn_dim=384,
-        num_layers=layers,
+        num_layers=6,
         cross_attn_norm=True,
         rope_max_seq_len=64,
     )
@@ -76,7 +77,7 @@ class PaddedText(WanAttnProcessor):
     """Cross-attention over the real tokens and ONE padding token that stands for all of them.
 
     WanPipeline pads embeddings with zeros up to any length and does not mask them. n equal keys count as one key with
-    log(n) added to its logit, so training can see 16 and 512 tokens at the price of the longest caption's and one.
+    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 7.
     """
 
     bias = None  # [b, 1, 1, tokens], set before each forward
@@ -100,8 +101,8 @@ def padding_bias(text, g):
     return bias
 
 
-def cached_latents(args, vae, name, world=world):
-    """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w], and caption indices.
+def cached_latents(args, vae, name):
+    """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w].
 
     Encoded in chunks, in files of that name in --work, so that an interrupted run goes on where it stopped.
     """
@@ -110,50 +111,52 @@ def cached_latents(args, vae, name, world=world):
     for first in range(0, args.clips, size):
         path = args.work / f"{name}-{args.seed + 2}-{first}.safetensors"
         if not path.exists():
-            latents, labels = [], []
+            latents = []
             for i in range(first, first + size, 64):
-                videos, captions = world.batch(args.seed + 2, range(i, i + 64))
                 with torch.no_grad():
-                    latents.append(normalised(vae, videos).half().contiguous())
-                labels += [world.CAPTIONS.index(caption) for caption in captions]
-            save_file({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, f"{path}.tmp")
+                    latents.append(normalised(vae, world.batch(args.seed + 2, range(i, i + 64))[0]).half().contiguous())
+            save_file({"latents": torch.cat(latents)}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
-        chunks.append(load_file(path))
-    return torch.cat([c["latents"] for c in chunks]), torch.cat([c["labels"] for c in chunks])
+        chunks.append(load_file(path)["latents"])
+    return torch.cat(chunks)
 
 
 class Clips:
-    """The training clips, what is said of them, and the expected clip behind a noisy one."""
+    """The training clips: their latents, a true caption for each, and the expected clip behind a noisy one."""
 
-    world, layers = world, 4
-    above = 0.8  # the noise level above which the clip behind x_t is anybody's guess
+    def __init__(self, args, vae, name="latents"):
+        self.latents = cached_latents(args, vae, name).float()
+        rows = [world.draw_factors(args.seed + 2, i) for i in range(args.clips)]
+        said = [[world.caption_of({name: f[name] for name in names}) for names in world.LEVELS.values()] for f in rows]
+        self.captions = torch.tensor([[world.CAPTIONS.index(caption) for caption in captions] for captions in said])
 
-    def __init__(self, args):
-        vae = AutoencoderKLWan.from_pretrained(args.work / "vae")
-        latents, labels = cached_latents(args, vae, "latents", self.world)
-        order = labels.argsort(stable=True)
-        self.latents, self.labels = latents[order].float(), labels[order]
-        counts = torch.bincount(self.labels, minlength=len(self.world.CAPTIONS)).tolist()
-        self.true = [(clips, clips.square().sum(1)) for clips in self.latents.flatten(1).split(counts)]
+    @cached_property
+    def true(self):
+        """For each caption the clips that it is true of, [n, d], and their squared norms."""
+        of = [self.latents[(self.captions == i).any(1)].flatten(1) for i in range(len(world.CAPTIONS))]
+        return [(clips, clips.square().sum(1)) for clips in of]
 
     def shown(self, rows, drop, g):
-        """Indices of the captions shown with these clips, [b]; past the last one where the caption is dropped."""
-        return torch.where(drop, len(self.world.CAPTIONS), self.labels[rows])
+        """Captions of these clips as indices [b], of any level of detail; past the last one where it is dropped."""
+        detail = torch.randint(self.captions.shape[1], rows.shape, generator=g)
+        return torch.where(drop, len(world.CAPTIONS), self.captions[rows, detail])
 
-    def expect(self, x0, x_t, sigma, shown):
-        """Put the expected clip behind x_t in the place of x0 where the noise is high. The empty caption has none."""
-        for caption in shown[(sigma > self.above) & (shown < len(self.true))].unique():
-            same = (shown == caption) & (sigma > self.above)  # below, only the clip itself counts
+    def expect(self, x0, x_t, sigma, shown, above=0.85):
+        """Put the mean over all clips of which the caption is true in the place of x0 [b, ...], where sigma is high."""
+        nothing = world.CAPTIONS.index("a shape")  # which says no more than the empty caption
+        said = torch.where(shown == len(world.CAPTIONS), nothing, shown)
+        for caption in said[sigma > above].unique():
+            same = (said == caption) & (sigma > above)  # below, only the clip itself counts
             x0[same] = posterior_mean(x_t[same], sigma[same], *self.true[caption])
 
 
-def save_teacher(args, transformer, text_encoder, captions):
+def save_teacher(args, transformer, text_encoder):
     """Write the whole pipeline aside, then swap it in."""
     aside, old = args.out.with_name(args.out.name + ".new"), args.out.with_name(args.out.name + ".old")
     for folder in (aside, old):
         shutil.rmtree(folder, ignore_errors=True)
     pipe = WanPipeline(
-        tokenizer=build_tokenizer(captions),
+        tokenizer=build_tokenizer(),
         text_encoder=text_encoder,
         vae=AutoencoderKLWan.from_pretrained(args.work / "vae"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=args.shift),
@@ -182,13 +185,13 @@ def posterior_mean(x_t, sigma, clips, squares):
     return (torch.softmax(logits, dim=1) @ clips).view_as(x_t)
 
 
-def train_teacher(args, data):
-    """Train transformer and text encoder on `data`, the Clips, and write the pipeline with their weight averages."""
-    captions, latents = data.world.CAPTIONS, data.latents
+def train_teacher(args):
+    """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
+    data = Clips(args, AutoencoderKLWan.from_pretrained(args.work / "vae"))
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(captions)
-    tokens = tokenizer([*captions, ""], padding=True, return_tensors="pt")
-    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer(data.layers)
+    tokenizer = build_tokenizer()
+    tokens = tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
+    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
     ema_text, ema = deepcopy(text_encoder), deepcopy(transformer)  # made first: they keep the stock processors
     ema_text.requires_grad_(False), ema.requires_grad_(False)
     padded = PaddedText()
@@ -207,8 +210,8 @@ def train_teacher(args, data):
 
     for step in range(start, args.steps):
         g = generator(args.seed, step, 1)
-        rows = torch.randint(len(latents), (args.batch,), generator=g)
-        x0 = latents[rows]
+        rows = torch.randint(args.clips, (args.batch,), generator=g)
+        x0 = data.latents[rows]
         # noise levels: logit-normal, one in four uniform so that the ends are trained too; stratified over the batch
         u = (torch.arange(args.batch) + torch.rand(args.batch, generator=g)) / args.batch
         uniform = (torch.arange(args.batch) + torch.randint(4, (1,), generator=g)) % 4 == 0
@@ -241,4 +244,4 @@ def train_teacher(args, data):
             print(f"teacher {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_state(snapshot, step + 1, modules, optimizer)
-            save_teacher(args, ema, ema_text, captions)
+            save_teacher(args, ema, ema_text)
