@@ -91,8 +91,8 @@ def readable_by_all(path):
 
 @contextmanager
 def written_aside(path):
-    """Yield a hidden path beside `path` that nobody else has; rename it to `path` when the block succeeds, remove it when
-    it does not. Of processes that write the same file the last one stands.
+    """Yield a hidden path beside `path` that nobody else has; rename it to `path` when the block succeeds, else
+    remove it. Of processes that write the same file the last one stands.
     """
     path = Path(path)
     aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")
