@@ -44,6 +44,7 @@ RUNS = {
     "gan": ("dmd2.py", "--steps 500", None),
     "gan_x30": ("dmd2.py", "--steps 500 --gan-weight .1", None),
     "x2": ("dmd2.py", "--steps 1000 --gan-weight 0", None),
+    "x6": ("dmd2.py", "--steps 3000 --gan-weight 0", None),
     "guidance_1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
     "guidance_4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
     "dfd": ("dfd.py", f"--steps 50 {OFTEN}", "dmd2"),
@@ -79,8 +80,8 @@ RUNS = {
 TABLES = {  # rows beside data and teacher, and what they are called
     "dmd2": {
         "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25", "dmd2": "DMD2", "gan": "DMD2 + GAN",
-        "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "guidance_1": "DMD2, guidance 1",
-        "guidance_4": "DMD2, guidance 4",
+        "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "x6": "DMD2, six times as long",
+        "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4",
     },
     "dfd": {
         "dmd2": "DMD2", "dmd2_on": "+ DMD2", "finetune": "+ regression", "dfd": "+ DFD", "dfd_p1": "+ DFD, p 1",
