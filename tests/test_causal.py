@@ -162,9 +162,9 @@ def test_the_gradient_is_that_of_the_exit_steps(cond):
             total += (x0 * weight[:, :, BLOCK * k : BLOCK * (k + 1)]).sum().item()
         return total
 
-    step = 1e-5
+    step = 3e-4  # diffusers' norms round to float32: a smaller step drowns in that, by the machine
     up, down = moved(step), moved(-2 * step)
-    assert analytic == pytest.approx((up - down) / (2 * step), rel=1e-4)
+    assert analytic == pytest.approx((up - down) / (2 * step), rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing(cond):
