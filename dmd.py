@@ -128,8 +128,8 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 
 def dmd_gradient(x0, x0_real, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # eq. 8
+    grad = x0_fake - x0_real  # DMD, eq. 7
+    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
     return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
 
 
@@ -145,7 +145,7 @@ def regression_loss(x0, x0_pair):
 
 
 def flow_loss(v, x0, noise):
-    """The teacher's own training loss, for the fake score (eq. 6 in velocity form)."""
+    """The teacher's own training loss, for the fake score (DMD, eq. 6, in velocity form)."""
     return F.mse_loss(v, noise - x0)
 
 

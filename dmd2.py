@@ -37,7 +37,7 @@ class Args(RunArgs):
     steps: Annotated[int, Ge(1)]
     """Training steps; one step updates the fake score once."""
     student_every: Annotated[int, Ge(1)]
-    """Fake-score updates per student update: the two time-scale rule (sec. 4.2)."""
+    """Fake-score updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
     lr: Annotated[float, Ge(0)]
     """Learning rate of the student."""
     fake_score_lr: Annotated[float, Ge(0)]
@@ -56,9 +56,9 @@ class Args(RunArgs):
     frame_block: Annotated[int, Ge(0)] = 0
     """Latent frames that a causal student makes at a time, from those before (Self-Forcing: 3); 0: all at once."""
     student_input: Literal["simulate", "data"]
-    """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
+    """Training inputs below noise level 1: the student's own earlier steps (DMD2, sec. 4.5), or clips with noise."""
     gan_weight: Annotated[float, Ge(0)]
-    """Weight of the student's GAN loss. 0 builds no discriminator and needs no clips."""
+    """Weight of the student's GAN loss. 0 builds no discriminator."""
     discriminator_weight: Annotated[float, Ge(0)]
     """Weight of the discriminator's loss beside the fake score's."""
     discriminator_blocks: tuple[int, ...]
@@ -168,8 +168,8 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 
 def dmd_gradient(x0, x0_real, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # eq. 8
+    grad = x0_fake - x0_real  # DMD, eq. 7
+    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
     return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
 
 
@@ -201,7 +201,7 @@ def discriminator_loss(logits_fake, logits_real):
 
 
 def flow_loss(v, x0, noise):
-    """The teacher's own training loss, for the fake score (eq. 6 in velocity form)."""
+    """The teacher's own training loss, for the fake score (DMD, eq. 6, in velocity form)."""
     return F.mse_loss(v, noise - x0)
 
 

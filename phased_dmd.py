@@ -38,7 +38,7 @@ class Args(RunArgs):
     steps: Annotated[int, Ge(1)]
     """Training steps, divided evenly among the phases; one step updates the fake score once."""
     student_every: Annotated[int, Ge(1)]
-    """Fake-score updates per student update: the two time-scale rule (sec. 4.2)."""
+    """Fake-score updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
     lr: Annotated[float, Ge(0)]
     """Learning rate of the student."""
     fake_score_lr: Annotated[float, Ge(0)]
@@ -59,9 +59,9 @@ class Args(RunArgs):
     score_ends: tuple[float, ...] = ()
     """Lowest score time of each phase; () are --phase-ends."""
     student_input: Literal["simulate", "data"]
-    """Training inputs below noise level 1: the student's own earlier steps (sec. 4.5), or clips with noise."""
+    """Training inputs below noise level 1: the student's own earlier steps (DMD2, sec. 4.5), or clips with noise."""
     gan_weight: Annotated[float, Ge(0)]
-    """Weight of the student's GAN loss. 0 builds no discriminator and needs no clips."""
+    """Weight of the student's GAN loss. 0 builds no discriminator."""
     discriminator_weight: Annotated[float, Ge(0)]
     """Weight of the discriminator's loss beside the fake score's."""
     discriminator_blocks: tuple[int, ...]
@@ -190,8 +190,8 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 
 def dmd_gradient(x0, x0_real, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # eq. 8
+    grad = x0_fake - x0_real  # DMD, eq. 7
+    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
     return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
 
 

@@ -6,9 +6,23 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from families.presets import I2V, PRESETS, TINY_WORLD
-from harness.files import Fatal, read_json, readable
+from harness.files import FLOATS, Fatal, read_json, readable
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+
+
+def check_name(teacher):
+    """Raise one line for a teacher that is neither a name nor a folder."""
+    folder = teacher.removesuffix(":i2v")
+    if teacher in PRESETS or (Path(folder) / "model_index.json").is_file():
+        return
+    meant = [name for name, preset in PRESETS.items() if name == f"{folder}-i2v" or preset.source == folder]
+    if meant or not Path(folder).is_dir():
+        known = (
+            f"do you mean {meant[0]}?" if meant else f"use {', '.join(PRESETS)}, or a folder in the diffusers layout"
+        )
+        raise Fatal(f"unknown teacher {teacher!r}, and no such folder: {known}")
+    raise Fatal(f"{folder} has no model_index.json: not the diffusers layout (of Wan, repositories named …-Diffusers)")
 
 
 def teacher_folder(teacher):
@@ -16,6 +30,7 @@ def teacher_folder(teacher):
 
     teacher: a name in PRESETS, or a folder, with :i2v after it for the image-to-video of one that does both.
     """
+    check_name(teacher)
     folder = source = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
     if teacher in PRESETS and teacher not in TINY_WORLD:
         repository, _, revision = source.partition("@")
@@ -30,10 +45,6 @@ def teacher_folder(teacher):
                 f"{':i2v' if PRESETS[teacher].kind.endswith(I2V) else ''}"
             ) from None
     folder = Path(folder)
-    if teacher.endswith(":i2v") and f"{source}-i2v" in PRESETS:
-        raise Fatal(f"unknown teacher {teacher!r}: do you mean {source}-i2v?")
-    if not folder.is_dir():
-        raise Fatal(f"unknown teacher {teacher!r}: use {', '.join(PRESETS)}, or a folder in the diffusers layout")
     index = read_json(folder / "model_index.json")
     for part in PARTS:
         needed = part in ("transformer", "vae", "text_encoder", "tokenizer") or (index.get(part) or [None])[0]
@@ -46,13 +57,13 @@ def teacher_folder(teacher):
             raise Fatal(f"{folder / part} holds no *.safetensors: not a complete copy, download it again")
         if any(".fp16." in file.name for file in files):
             raise Fatal(
-                f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files alone"
+                f"{folder / part} holds an fp16 variant, which is not read: leave only the full-precision files"
             )
         if len(files) > 1 and not any((folder / part).glob("*.index.json")):
             raise Fatal(f"{folder / part} holds {len(files)} files of weights and no index: leave the one that counts")
         for path in files:  # each is as long as its header says
             with readable(path), safe_open(path, framework="pt") as file:
-                kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - {"F64", "F32", "F16", "BF16"}
+                kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS
             if kinds:
                 raise Fatal(f"{path} holds {', '.join(sorted(kinds))} weights: get those that were not quantised")
     vae = read_json(folder / "vae" / "config.json")

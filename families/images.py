@@ -29,8 +29,7 @@ def find_images(folder, count, height, width):
     for line in range(1, count + 1):
         if line not in found:
             raise Fatal(
-                f"--images: no image of prompt {line} of {count} in {folder}: name it by the prompt's line, {line}.png "
-                f"({', '.join(SUFFIXES)})"
+                f"--images: no image of prompt {line} of {count}: name it {folder}/{line}{' or '.join(SUFFIXES)}"
             )
         with opened(found[line]) as file:
             w, h = file.size[::-1] if file.getexif().get(ExifTags.Base.Orientation, 1) > 4 else file.size

@@ -73,8 +73,8 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
     return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
 
 
-def find_init(runs_dir, teacher, init):
-    """What --init means: that file or folder, or for a script's name its newest finished run on this teacher."""
+def find_init(runs_dir, teacher, init, flags=""):
+    """What --init means: that file or folder, or a script's newest finished run on this teacher (with these flags)."""
     if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "ode_init") or Path(init).is_dir():
         if not Path(init).exists():
             raise Fatal(f"--init: no such file or folder {init}")
@@ -83,10 +83,8 @@ def find_init(runs_dir, teacher, init):
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, teacher) if (run / "args.json").is_file() and last(run).is_dir()]
     if not runs:
-        raise Fatal(
-            f"--init: no finished run of {init}.py on {teacher} in {runs_dir}: train one first (torchrun {init}.py "
-            f"--teacher {teacher}), name another with --init, or start from the teacher with --init None"
-        )
+        asked = f"train one ({init}.py --teacher {teacher}{flags}), or --init another; --init None: from the teacher"
+        raise Fatal(f"--init: no finished run of {init}.py on {teacher} in {runs_dir} (--runs-dir): {asked}")
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 
@@ -138,9 +136,7 @@ def load_init(path, networks, args):
         check_checkpoint(path)
         found = load_networks(path, networks)
     elif isinstance(student, Adapted):
-        raise Fatal(
-            f"--init: with --lora-rank the base is the teacher: name a run with that rank, not weights in {path}"
-        )
+        raise Fatal(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
     elif path.is_file():
         found = import_module("harness.published").load(path, networks, args["teacher"])
     elif all((path / part).is_dir() for part in student.parts):

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+FLOATS = {"F64", "F32", "F16", "BF16"}  # what numbers in safetensors may be
+
 
 class Fatal(Exception):
     """One line for the user, which the entry point prints, and an exit code: 2 for bad input, 1 for a run that broke.
@@ -133,12 +135,7 @@ def read_shard(path):
         file = opened(path)
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         prompts = json.loads(file.metadata()["prompts"])
-        if kinds := {file.get_slice(key).get_dtype() for key in shapes if len(shapes[key]) > 1} - {
-            "F64",
-            "F32",
-            "F16",
-            "BF16",
-        }:
+        if kinds := {file.get_slice(key).get_dtype() for key in shapes if len(shapes[key]) > 1} - FLOATS:
             raise ValueError(f"it holds {', '.join(sorted(kinds))} numbers")
         if isinstance(prompts, list) and f"{len(prompts)}.text" in shapes:
             raise ValueError(f"it has {len(prompts)} prompts, and more samples")

@@ -60,12 +60,9 @@ class Preview:
             self.shown["image"] = self.decode(first).unsqueeze(1)
         if dist.get_rank() or not self.data.has_clips:
             return
-        if isinstance(self.data, common.TinyWorld) and self.model.conditions:
-            clips = self.model.world.batch(self.data.seed, range(10**9, 10**9 + len(self.labels)), self.labels)[0]
-        elif isinstance(self.data, common.TinyWorld):
-            numbers = range(10**9, 10**9 + self.total)  # never trained on
-            captions = [label for label in self.labels for _ in range(self.seeds)]
-            clips = self.model.world.batch(self.data.seed, numbers, captions)[0]
+        if isinstance(self.data, common.TinyWorld):
+            captions = [label for label in self.labels for _ in range(1 if self.model.conditions else self.seeds)]
+            clips = self.model.world.batch(self.data.seed, range(10**9, 10**9 + len(captions)), captions)[0]  # unseen
         else:
             clips = self.decode(self.data.latents_of(range(len(self.labels))))
         self.score("data", rearrange(clips, "(p s) c f h w -> p s c f h w", p=len(self.labels)))

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
+from families.folders import check_name
 from families.presets import PRESETS, name_of
 from harness.checkpoints import (
     check_checkpoint,
@@ -49,6 +50,7 @@ class Run:
 
     def __init__(self, script, args):
         check_flags(args)
+        check_name(args.teacher)
         for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
             if (path := getattr(args, name, None)) and not Path(path).exists():
                 raise Fatal(f"--{name}: no such file or folder {path}")
@@ -63,12 +65,14 @@ class Run:
             self.step, self.world = record["step"], record["world_size"]
             self.check_resumed(args)
         elif args.init:
-            self.init = find_init(args.runs_dir, args.teacher, args.init)
+            own = " ".join(map(str, getattr(args, "student_sigmas", ())))
+            flags = own and f" --shift {args.shift:g} --student-sigmas {own}"
+            self.init = find_init(args.runs_dir, args.teacher, args.init, flags)
             args = replace(args, init=str(self.init))
             record = self.init / "args.json"
-            levels = read_json(record).get("student_sigmas") if record.is_file() and self.rank == 0 else None
-            if levels and levels != list(getattr(args, "student_sigmas", levels)):
-                print(f"other noise levels than this run's: --student-sigmas {' '.join(map(str, levels))} in {record}")
+            levels = " ".join(map(str, (read_json(record) if record.is_file() else {}).get("student_sigmas", ())))
+            if levels and own and levels != own and self.rank == 0:
+                print(f"warning: {self.init} was trained at --student-sigmas {levels}, and this run has {own}")
         self.keep, self.track, self.max_hours = args.keep, args.track, args.max_hours
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
         now = time.strftime("%Y%m%d-%H%M%S")

@@ -1,4 +1,4 @@
-"""dfd.py: the fixed points that METHODS.md derives, data_prob 0 is dmd2.py, and the ask for --init."""
+"""dfd.py: the fixed points that docs/dfd.md derives, data_prob 0 is dmd2.py, and the ask for --init."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Scale(Whole):
 
 
 def fixed_point(data_prob, student_sigma, paired, steps=800):
-    """Where theta ends: data N(0, 1), exact fake score, METHODS.md's score sigmas, eq. 8's normaliser undone."""
+    """Where theta ends: data N(0, 1), exact fake score, docs/dfd.md's score sigmas, eq. 8's normaliser undone."""
     n, shape = 40, (32, 1, 1, 1)
     student = Scale(0.6)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
@@ -120,7 +120,12 @@ def test_the_coin_is_a_function_of_the_step_and_fair():
 
 def test_it_starts_from_the_newest_finished_dmd2_run(tmp_path, fails, capsys):
     flags = {"runs_dir": tmp_path, "init": "dmd2", "steps": 1}
-    fails(lambda: dfd.main(small_args(dfd, **flags)), "no finished run of dmd2.py", "torchrun dmd2.py", "--init None")
+    fails(
+        lambda: dfd.main(small_args(dfd, **flags)),
+        "no finished run of dmd2.py",
+        "(dmd2.py --teacher tiny --shift 3 ",
+        "--init None",
+    )
     assert not list(tmp_path.iterdir())
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
     run = only_run(tmp_path, dmd2)

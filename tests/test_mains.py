@@ -130,7 +130,7 @@ def noised(x0, noise, sigma):
 
 
 def score_time(u, shift, end=0.0, top=1.0):
-    """u uniform between those of the two levels, shifted, clamped: METHODS.md 0 and 5."""
+    """u uniform between those of the two levels, shifted, clamped: docs/phased_dmd.md."""
     low, high = (level / (shift - (shift - 1) * level) for level in (end, top))
     u = low + (high - low) * u
     return (shift * u / (1 + (shift - 1) * u)).clamp(max(0.02, end), 0.98)

@@ -276,6 +276,8 @@ def test_clips_are_read_only_when_asked_for(tmp_path):
     ("flags", "words"),
     [
         ({"teacher": "wan9.9"}, ["unknown teacher", "wan9.9", "wan2.1-1.3b"]),
+        ({"teacher": "wan9.9/here", "init": "dmd2"}, ["unknown teacher", "no such folder"]),
+        ({"teacher": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, ["do you mean wan2.1-1.3b?"]),
         ({"prompts": "missing.txt"}, ["--prompts: no such file or folder missing.txt"]),
         ({"steps": 0}, ["--steps", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size", "at least 1"]),
@@ -425,7 +427,7 @@ def copied_teacher(tmp_path):
         ("text_encoder/config.json", "gone", ["teacher", "config.json"]),
         ("tokenizer/tokenizer.json", "gone", ["cannot read", "teacher"]),
         ("vae", "gone", ["no vae/ folder"]),
-        ("model_index.json", "gone", ["cannot read", "model_index.json"]),
+        ("model_index.json", "gone", ["has no model_index.json"]),
         ("transformer/diffusion_pytorch_model.fp16.safetensors", "extra", ["fp16 variant"]),
     ],
 )

@@ -49,7 +49,7 @@ class Args:
     """Table of videos and captions, in place of .txt files: JSONL, or CSV with a header. Columns: file_name, path,
     video or file (below the folder of clips), and caption, text or prompt."""
     teacher: str = "wan2.1-1.3b"
-    """Whose VAE and encoders: a name (README lists them), or a local folder in the diffusers layout, perhaps :i2v."""
+    """Whose VAE and encoders: a name (docs/teachers.md), or a local folder in the diffusers layout, perhaps :i2v."""
     frames: Annotated[int | None, Ge(1)] = None
     """Frames of a clip; a shorter video is skipped. None: as many as the scripts train on with this teacher."""
     height: Annotated[int | None, Ge(1)] = None
