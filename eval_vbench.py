@@ -380,7 +380,7 @@ def report(args):
         rows = []
         for label, folder in shown:
             clips = [read_video(folder / file) for file in item["files"][:5] if (folder / file).is_file()]
-            rows += [(f"{item['prompt']}: {label}", clips)] if clips else []
+            rows += [(f"{label}: {item['prompt']}", clips)] if clips else []
         if rows:
             contact_sheet(args.out / "sheets" / f"{item['entry']:04d}.png", rows, frames=8)
     # NaN is no JSON
@@ -398,6 +398,8 @@ def main(args):
             print(f"videos: {args.out / 'videos'}, one row each in {args.out / 'manifest.jsonl'}", flush=True)
     if args.command in ("score", "all"):
         rejected = score(args)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"scores: {args.out / 'scores'}", flush=True)
     if args.command in ("report", "all") and int(os.environ.get("RANK", 0)) == 0:
         report(args)
     if dist.is_initialized():

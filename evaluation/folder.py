@@ -107,7 +107,8 @@ def find_videos(out, record, dims, limit, allow_partial):
     gone = [file for item in needed for file in item["files"] if file not in set(found)]
     expected = len(found) + len(gone)
     if gone and not allow_partial:
-        raise Fatal(f"{len(gone)} of {expected} videos are missing, the first is {gone[0]!r}: run generate again")
+        missing = f"{len(gone)} of {expected} videos are missing, the first is {gone[0]!r}"
+        raise Fatal(f"{missing}: run generate again, or --allow-partial")
     if not found:
         raise Fatal(f"{out} holds none of the {expected} videos: run generate first")
     return Videos(items, {file: rows[file]["bytes"] for file in found}, expected, len(needed), bool(gone))

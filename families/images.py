@@ -14,13 +14,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_images(folder, count, height, width):
-    """Paths of the images of `count` prompts: that of line n of a file of prompts is named n (1.png, 002.jpg, …).
-
-    Says how many have another aspect than height x width.
-    """
+    """Paths of the images of `count` prompts: that of line n of a file of prompts is named n (1.png, 002.jpg, …)."""
     if not Path(folder).is_dir():
         raise Fatal(f"--images: no such folder {folder}")
-    found, cropped = {}, []
+    found = {}
     for path in sorted(Path(folder).iterdir()):
         if path.suffix.lower() in SUFFIXES and path.stem.isdecimal():
             if int(path.stem) in found:
@@ -28,17 +25,23 @@ def find_images(folder, count, height, width):
             found[int(path.stem)] = path
     for line in range(1, count + 1):
         if line not in found:
-            raise Fatal(
-                f"--images: no image of prompt {line} of {count}: name it {folder}/{line}{' or '.join(SUFFIXES)}"
-            )
-        with opened(found[line]) as file:
+            raise Fatal(f"no image of prompt {line} of {count} (--images): {folder}/{line}{' or '.join(SUFFIXES)}")
+    paths = [found[line] for line in range(1, count + 1)]
+    tell_cropped(paths, height, width)
+    return paths
+
+
+def tell_cropped(paths, height, width):
+    """Say how many of these images have another aspect."""
+    cropped = []
+    for path in paths:
+        with opened(path) as file:
             w, h = file.size[::-1] if file.getexif().get(ExifTags.Base.Orientation, 1) > 4 else file.size
-            scale = max(width / w, height / h)
-            if max(scale * w - width, scale * h - height) >= 1:
-                cropped.append(found[line])
+        scale = max(width / w, height / h)
+        if max(scale * w - width, scale * h - height) >= 1:
+            cropped.append(path)
     if cropped and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{len(cropped)} of {count} images have another aspect and are cropped in the middle, as {cropped[0]}")
-    return [found[line] for line in range(1, count + 1)]
+        print(f"{len(cropped)} of {len(paths)} images have another aspect: cropped in the middle, as {cropped[0]}")
 
 
 @contextmanager

@@ -15,10 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def load_run(folder):
     """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
-    folder = Path(str(folder).removesuffix(":raw")).absolute()
+    given = str(folder).removesuffix(":raw")
+    folder, asked = Path(given).absolute(), "give runs/NAME or runs/NAME/checkpoints/step_N"
+    if not given or not folder.is_dir():
+        raise Fatal(f"no such run {given!r}: {asked}")
     checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
     if checkpoint is None or not (checkpoint / "args.json").is_file():
-        raise Fatal(f"{folder} is not a run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
+        started = (folder / "args.json").is_file()
+        raise Fatal(f"{folder} {'has no checkpoint yet' if started else 'is no run'}: {asked}")
     record = read_json(checkpoint / "args.json")  # what it was trained with
     name = record.pop("script", None)
     rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}

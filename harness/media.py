@@ -123,7 +123,7 @@ def draw_sheet(rows, frames=4):
     font = ImageFont.load_default(14)
     # Pillow's own font has ASCII only: é is drawn as e, other scripts are left out
     ascii_labels = [unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode() for label, _ in rows]
-    labels = [textwrap.fill(label, LABEL_CHARS) for label in ascii_labels]
+    labels = [textwrap.fill(label, LABEL_CHARS, max_lines=6, placeholder=" ...") for label in ascii_labels]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [ruler.multiline_textbbox((0, 0), label, font=font) for label in labels]
     left, drawn = math.ceil(max(box[2] for box in boxes)) + CLIP_GAP, []

@@ -87,7 +87,7 @@ class Preview:
         for p, row in enumerate(shown[folder.name]):
             for s, video in enumerate(row):
                 media.write_video(folder / f"{p:02d}_{s}", video, self.model.fps)
-        rows = [(f"{self.labels[p]}: {key}", shown[key][p, :2]) for p in range(len(clips)) for key in shown]
+        rows = [(f"{key}: {self.labels[p]}", shown[key][p, :2]) for p in range(len(clips)) for key in shown]
         sheet = media.contact_sheet(folder.with_suffix(".png"), rows)
         prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with
         self.run.scalars(step, {f"{prefix}/{key}": value for key, value in scores.items()})

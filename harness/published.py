@@ -7,6 +7,7 @@ Names become diffusers' by diffusers' own conversions. Tensors stay on disk unti
 import json
 import pickle
 import re
+import zipfile
 from itertools import chain
 
 import torch
@@ -92,6 +93,8 @@ def opened(path, teacher):
 
 def entries_of(path):
     """{entry: {key: tensor}} of a file. Nothing is unpickled. Weights without an entry are "model"."""
+    if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+        raise Fatal(f"--init: cannot read {path}: download it again, or, if older than torch 1.6, torch.save it anew")
     with readable(path):
         try:
             if path.suffix == ".safetensors":

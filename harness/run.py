@@ -276,9 +276,7 @@ def check_shared(folder):
     if dist.get_rank() == 0:
         marks[0].unlink()
     if not all(seen):
-        raise Fatal(
-            f"{seen.count(False)} of {len(seen)} processes do not see {folder}: all machines must share --runs-dir"
-        )
+        raise Fatal(f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share --runs-dir")
 
 
 def git_revision():

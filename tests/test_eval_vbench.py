@@ -603,7 +603,7 @@ def test_other_words_for_the_model(run, tmp_path, fails):
         ({"dims": ("color",)}, "--dims needs VBench's list"),
         ({"limit": 1}, "add --allow-partial"),
         ({"checkpoint": None}, "--checkpoint RUN is missing"),
-        ({"checkpoint": "nowhere"}, "is not a run with a checkpoint"),
+        ({"checkpoint": "nowhere"}, "no such run 'nowhere'"),
         ({"command": "score"}, "run generate first"),
         ({"features": "clip"}, "--features-folder go together"),
         ({"vbench_python": "nowhere"}, "no such file nowhere"),

@@ -3,7 +3,9 @@
 from harness.flags import with_recipe
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -374,7 +376,7 @@ def test_the_cards_lines_load_the_lora(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = trained(tmp_path, lora_rank=2, lr=1e-2)
     lora = exported(run, tmp_path / "lora", lora=True)
-    changes = (("FOLDER_OF_THE_TEACHER", TINY), LATENT, NO_VIDEO)
+    changes = (('"tiny/teacher"', f'"{TINY}"'), LATENT, NO_VIDEO)
     _, made = run_card(lora, *changes)
     latents, _ = ours(run, tmp_path)
     assert (made.frames - latents).abs().max() < 1e-4
@@ -397,7 +399,7 @@ def test_two_phases_are_two_loras(tmp_path, monkeypatch, lora_rank):
     assert {path.name for path in lora.glob("*.safetensors")} == {
         "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors",
     }  # fmt: skip
-    changes = (("FOLDER_OF_THE_TEACHER", TINY), LATENT, NO_VIDEO)
+    changes = (('"tiny/teacher"', f'"{TINY}"'), LATENT, NO_VIDEO)
     _, made = run_card(lora, *changes)
     latents, _ = ours(run, tmp_path)
     assert (made.frames - latents).abs().max() < 1e-4
@@ -454,7 +456,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, fails, monkeypatch):
     run, out = trained(tmp_path), tmp_path / "out"
     before = {path.name for path in tmp_path.iterdir()}
     fails(lambda: exported(tmp_path / "nowhere", out), "no such folder", "nowhere")
-    fails(lambda: exported(tmp_path / "runs", out), "is not a run with a checkpoint")
+    fails(lambda: exported(tmp_path / "runs", out), "is no run: give runs/NAME")
     fails(lambda: exported(run, tmp_path / "runs"), "is there already")
     fails(lambda: exported(run, run / "args.json"), "is there already")
     fails(lambda: exported(run, out, rank=4), "--rank", "give --lora")
@@ -474,6 +476,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, fails, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:-1])
     fails(lambda: exported(run, out), "is incomplete")
     assert {path.name for path in tmp_path.iterdir()} == before and not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    """Ctrl-C while the folder is written: what was written goes, and the handler is what it was before."""
+    run, before = trained(tmp_path), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(shutil, "copytree", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        exported(run, tmp_path / "out")
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_phases_that_are_not_trained_yet(tmp_path, fails):

@@ -341,6 +341,8 @@ def a_file(tmp_path, kind):
         torch.save([1, 2], path)
     elif "safetensors" in kind:
         save_file(weights, path)
+    elif kind == "old":
+        torch.save({"generator": weights}, path, _use_new_zipfile_serialization=False)
     elif kind != "text":
         torch.save({"generator": weights}, path)
     if kind == "text":
@@ -360,6 +362,7 @@ def a_file(tmp_path, kind):
         ("quantised", ["proj_out.bias is torch.float8_e4m3fn", "not quantised"]),
         ("pickled", ["holds more than tensors", "not read"]),
         ("damaged", ["cannot read", "download it again"]),
+        ("old", ["cannot read", "torch.save it anew"]),
         ("damaged safetensors", ["cannot read", "download it again"]),
         ("text", ["cannot read"]),
         ("no entry", ["no student in", "it holds step, optimizer", "generator_ema"]),
@@ -415,7 +418,7 @@ def test_other_teachers_refuse_files(tmp_path, fails, name, words):
 def test_a_lora_run_refuses_files(tmp_path, fails, layout):
     layout(tmp_path / "0.safetensors")
     flags = {"runs_dir": tmp_path / "runs", "init": str(tmp_path / "0.safetensors"), "lora_rank": 2}
-    fails(lambda: dmd2.main(small_args(dmd2, gan_weight=0.0, **flags)), "--lora-rank", "not weights in")
+    fails(lambda: dmd2.main(small_args(dmd2, gan_weight=0.0, **flags)), "--lora-rank", "name a run with that rank")
 
 
 def test_a_fake_score_that_is_a_lora_keeps_the_teachers_weights(tmp_path, capsys):

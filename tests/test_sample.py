@@ -149,7 +149,7 @@ def test_as_a_user_starts_it(run, tmp_path):
     first = start("--seed", "5", "--teacher")
     out = run / "samples"
     assert first.returncode == 0, first.stderr
-    assert f"12 samples: {out}/<prompt>_<seed>.mp4, sheet.png, clips.webp (moving)" in first.stdout
+    assert f"12 samples: {out}/<prompt>_<seed>.mp4; sheet.png, clips.webp (moving)" in first.stdout
     assert "1 of 2 prompts have words that the tokenizer does not know, the first: 'a café at night'" in first.stdout
     assert "12/12" in first.stderr and "Traceback" not in first.stderr
     names = [f"{p:02d}_{seed}{mark}.mp4" for p in range(2) for seed in (5, 6, 7) for mark in ("", "_teacher")]
@@ -162,12 +162,12 @@ def test_as_a_user_starts_it(run, tmp_path):
     assert record["prompts"] == ["a red circle", "a café at night"] and record["flags"]["seed"] == 5
     again = start()
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: {out} is not empty: give another folder with --out\n"
+    assert again.stderr == f"error: {out} is not empty: delete it, or give another folder with --out\n"
     assert not any(tmp_path.iterdir())
     shutil.rmtree(out)
 
 
-def test_image_to_video(tmp_path, fails):
+def test_image_to_video(tmp_path, fails, capsys):
     """One image for a prompt, one for each line of a file; none, or one that is no image, in one line."""
     args = small_args(dmd2, teacher="tiny-i2v", runs_dir=tmp_path, steps=1, gan_weight=0.0)
     dmd2.main(args)
@@ -183,6 +183,10 @@ def test_image_to_video(tmp_path, fails):
     for video, clip in (("many/00_0", clips[0]), ("many/01_0", clips[1]), ("one/00_0", clips[0])):
         begun = read_video(tmp_path / f"{video}.mp4")[:, 0]
         assert (begun - clip[:, 0]).abs().mean() < 0.05, video
+    assert "cropped" not in capsys.readouterr().out
+    to_pil(clips[0]).resize((64, 32)).save(tmp_path / "wide.png")
+    sampled(run, prompt=("a red circle",), image=str(tmp_path / "wide.png"), seeds=1, out=tmp_path / "wide")
+    assert "1 of 1 images have another aspect: cropped in the middle" in capsys.readouterr().out
     no, red = tmp_path / "no", ("a red circle",)
     fails(lambda: sampled(run, prompt=red, out=no), "begins with an image: give --image FILE")
     fails(lambda: sampled(run, prompt=red, image=str(prompts), out=no), "cannot read the image")
@@ -207,10 +211,15 @@ MISTAKES = [
     ({"prompt": ("a",), "height": 48}, "the tiny world is 32 x 32 pixels"),
     ({"prompt": ("a",), "kept_frames": 2}, "--kept-frames is for a causal student"),
     ({"prompt": ("a",), "teacher_folder": "gone"}, "gone is not there: say with --teacher-folder where it is"),
-    ({"prompt": ("a",), "checkpoint": "nowhere"}, "nowhere is not a run with a checkpoint"),
-    ({"prompt": ("a",), "checkpoint": "empty"}, "empty is not a run with a checkpoint"),
+    ({"prompt": ("a",), "checkpoint": "nowhere"}, "no such run 'nowhere'"),
+    ({"prompt": ("a",), "checkpoint": "empty"}, "empty is no run: give runs/NAME"),
+    ({"prompt": ("a",), "checkpoint": "begun"}, "begun has no checkpoint yet"),
+    ({"prompt": ("a",), "checkpoint": ""}, "no such run ''"),
     ({"prompt": ("a",), "checkpoint": "damaged"}, "is incomplete: student/transformer/config.json is missing"),
-    ({"prompt": ("a",), "out": "full"}, "full is not empty: give another folder with --out"),
+    (
+        {"prompt": ("a",), "out": "full"},
+        "full is not empty (of samples that were not finished, perhaps): delete it, or give another",
+    ),
     ({"prompt": ("a",), "out": "file"}, "it is no folder; see --out"),
     ({"prompt": ("a",), "cache": "file"}, "it is no folder; see --cache"),
 ]
@@ -220,6 +229,8 @@ MISTAKES = [
 def test_a_mistake_is_one_line(run, tmp_path, fails, monkeypatch, flags, words):
     """Before any network is loaded."""
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "args.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     (tmp_path / "file").touch()

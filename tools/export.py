@@ -1,7 +1,7 @@
 """Make of a run what other people's tools load: a folder for stock diffusers, or a LoRA, with a model card.
 
     python tools/export.py runs/dmd2__tiny__0__… exported          # DiffusionPipeline.from_pretrained("exported")
-    python tools/export.py runs/dmd2__tiny__0__… exported --lora   # pipe.load_lora_weights("exported")
+    python tools/export.py runs/dmd2__tiny__0__… exported_lora --lora   # pipe.load_lora_weights("exported_lora")
     hf upload USER/NAME exported
 
 The averaged student is exported, with :raw after RUN the student itself. README.md in the folder is the card: it says
@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def main(args):
         print(line)
     if student.why_not_stock:
         print(f"no stock pipeline samples this student, as {student.why_not_stock}: its transformers alone are there")
-    print(f"exported to {args.out}; {args.out / 'README.md'} says how to sample it")
+    print(f"exported to {args.out}" + f"; {args.out / 'README.md'} says how to sample it" * stock)
 
 
 @contextmanager
@@ -107,14 +108,18 @@ def folder_written_aside(folder):
     """Yield a hidden folder beside `folder`; rename it when the block succeeds, remove it when it does not."""
     aside = folder.with_name(f".{secrets.token_hex(8)}.tmp")
     make_folder(folder.parent, hint="")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C must not leave gigabytes behind
     try:
         aside.mkdir()
         yield aside
         os.replace(aside, folder)
     except OSError as error:
         raise Fatal(f"cannot write {folder}: {str(error).splitlines()[-1]}", code=1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        signal.signal(signal.SIGINT, before)
 
 
 def weights_of(student, place):

@@ -28,7 +28,7 @@ from harness.flags import check_flags, one_line_errors  # noqa: E402
 
 import common  # noqa: E402
 import dmd2  # noqa: E402
-from families.images import find_images, read_images  # noqa: E402
+from families.images import find_images, read_images, tell_cropped  # noqa: E402
 from families.presets import PRESETS  # noqa: E402
 from harness.checkpoints import check_checkpoint  # noqa: E402
 from harness.files import Fatal, make_folder, read_prompts, written_aside  # noqa: E402
@@ -116,6 +116,8 @@ def first_frames(args, model, count):
     images = [Path(image) for image in images if image]
     for image in dict.fromkeys(images):
         read_images([image], *model.size[1:])  # one line if it cannot be
+    if args.image:
+        tell_cropped(images[:1], *model.size[1:])
     return images
 
 
@@ -137,7 +139,8 @@ def main(args):
     images = first_frames(args, model, len(prompts))
     out = args.out or checkpoint.parents[1] / "samples"
     if out.is_dir() and any(out.iterdir()):
-        raise Fatal(f"{out} is not empty: give another folder with --out")
+        unfinished = "" if (out / "samples.json").is_file() else " (of samples that were not finished, perhaps)"
+        raise Fatal(f"{out} is not empty{unfinished}: delete it, or give another folder with --out")
     cache = args.cache or checkpoint.parents[2] / "cache"
     make_folder(out, hint="; see --out")
     make_folder(cache, hint="; see --cache")
@@ -168,7 +171,7 @@ def main(args):
                     bar.update()
             del sample
 
-    rows = [(f"{prompts[p]}: {name}", shown[p, name]) for p in range(len(prompts[:SHOWN])) for name in samplers]
+    rows = [(f"{p:02d} {name}: {prompts[p]}", shown[p, name]) for p in range(len(prompts[:SHOWN])) for name in samplers]
     contact_sheet(out / "sheet.png", rows)
     if model.size[0] > 1:
         moving_sheet(out / "clips.webp", [(label, clips[:1]) for label, clips in rows], model.fps)
@@ -177,8 +180,8 @@ def main(args):
         aside.write_text(json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     dist.destroy_process_group()
     kind, moving = ("mp4", ", clips.webp (moving)") if model.size[0] > 1 else ("png", "")
-    only = f" of the first {SHOWN} prompts" if len(prompts) > SHOWN else ""
-    print(f"{len(samplers) * len(wanted)} samples: {out}/<prompt>_<seed>.{kind}, sheet.png{moving}{only}")
+    only = f", which show the first {SHOWN} prompts" if len(prompts) > SHOWN else ""
+    print(f"{len(samplers) * len(wanted)} samples: {out}/<prompt>_<seed>.{kind}; sheet.png{moving}{only}")
 
 
 if __name__ == "__main__":

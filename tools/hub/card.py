@@ -1,5 +1,6 @@
 """The model card of an export: what the Hub reads in its head, and what a reader needs to sample the student."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -18,6 +19,10 @@ and values: causal between blocks, full within one), and is denoised at all of t
 begins. Its weights are those of a stock transformer, but no stock pipeline samples it: `WanPipeline` loads it and makes
 all frames at once, for which it was not trained. In the repository that trained it, `eval_vbench.py` samples it, and
 `families/wan_causal.py` is the network."""
+
+WHERE = "this folder, seen from its parent, or its name on the Hub"
+TRANSFORMERS_ALONE = """Here are its transformers alone. The other parts are the teacher's: give its pipeline these, as
+`from_pretrained(TEACHER, transformer=…)`, the noise levels above and guidance 1."""
 
 
 def head(student, lora, license):
@@ -99,23 +104,26 @@ def snippet(student, scheduler, name, lora):
     lines += ["import torch"] + [f"from diffusers import {', '.join(sorted(names))}"]
     lines += [f"from diffusers.utils import {', '.join(utils)}", ""] if utils else [""]
     if lora:
-        base, revision = student.base or "FOLDER_OF_THE_TEACHER", student.revision
+        tiny = student.model.folder.name if student.model.world else None
+        base, revision = student.base or (f"tiny/{tiny}" if tiny else "FOLDER_OF_THE_TEACHER"), student.revision
         more = f', revision="{revision}"' if revision else ""
         if two and len(student.model.family.parts) == 1:  # a LoRA of each phase on the same weights
             lines += [f'second = {names[1]}.from_pretrained("{base}", subfolder="transformer")']
             more += f", transformer_2=second, boundary_ratio={student.boundary}"
         elif two and student.sampler == "euler":
             more += f", boundary_ratio={student.boundary}"
-        yours = "" if student.base else "  # put in where the teacher is"
+        yours = "" if student.base else "  # in the repository" if tiny else "  # put in where the teacher is"
         lines += [f'pipe = {names[0]}.from_pretrained("{base}"{more}){yours}']
-        lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora[0]}")']
+        lines += [f"pipe.load_lora_weights({json.dumps(name)}, weight_name={json.dumps(lora[0])})  # {WHERE}"]
         if two:
-            lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora[1]}", load_into_transformer_2=True)']
+            lines += [
+                f'pipe.load_lora_weights({json.dumps(name)}, weight_name="{lora[1]}", load_into_transformer_2=True)'
+            ]
         if not near:
-            own = f'FlowMatchEulerDiscreteScheduler.from_pretrained("{name}", subfolder="scheduler")'
+            own = f'FlowMatchEulerDiscreteScheduler.from_pretrained({json.dumps(name)}, subfolder="scheduler")'
             lines += [f"pipe.scheduler = {own}"]
     else:
-        lines += [f'pipe = DiffusionPipeline.from_pretrained("{name}")  # this folder, or its name on the Hub']
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)})  # {WHERE}"]
     lines += exact_levels(student) if near else []
     return "\n".join(["```python", *lines, *call(student), "```"])
 
@@ -133,6 +141,11 @@ def notes(student, scheduler, lora):
             "Needs diffusers and transformers as new as this repository's, and `imageio imageio-ffmpeg` for H.264."
         ]
     found += ["It is trained for these levels and guidance 1: other numbers of steps are not what it learnt."]
+    if student.model.conditions:
+        found += [
+            f"Give an image of {student.args.width} x {student.args.height} pixels: of another aspect, the pipeline "
+            "stretches it, and training cut it in the middle."
+        ]
     if "Cosmos" in student.pipeline:
         found += ["The pipeline wants NVIDIA's safety checker: `pip install cosmos_guardrail`."]
     if len(student.folders) > 1 and not lora:
@@ -172,7 +185,7 @@ def model_card(student, scheduler, name, license, revision, stock, lora=(), told
     elif student.why_not_stock:
         text += ["## Use", "", f"No stock pipeline samples it: {student.why_not_stock}. Here are its transformers."]
     elif not stock:
-        text += ["## Use", "", "Here are its transformers alone; the other parts are the teacher's."]
+        text += ["## Use", "", TRANSFORMERS_ALONE]
     else:
         text += ["## Use", "", snippet(student, scheduler, name, lora), ""]
         text += [f"- {line}" for line in [*notes(student, scheduler, lora), *told]]
