@@ -70,7 +70,6 @@ RUNS = {
     "guidance_8": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 8", None),
     "no_normaliser": ("experiments/no_normaliser.py", "--steps 500 --gan-weight 0", None),
     "shift_1": ("dmd2.py", "--steps 500 --gan-weight 0 --shift 1", None),
-    "gather": ("codmd.py", "--steps 500 --sample-relation .125", None),  # 8 processes whose gather has no sum
     "i2v": ("dmd2.py", f"{I2V} --steps 500 --gan-weight 0", None),
     "i2v_dfd": ("dfd.py", f"{I2V} --steps 50 {OFTEN}", "i2v"),
     "causal_start": ("tools/ode_init.py", f"{CAUSAL} --steps 1500 --preview-every 250", None),
@@ -83,7 +82,7 @@ TABLES = {  # rows beside data and teacher, and what they are called
     "dmd2": {
         "start": "DMD2, untrained", "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25", "dmd2": "DMD2",
         "gan": "DMD2 + GAN", "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "x6": "DMD2, six times as long",
-        "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4",
+        "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4", "guidance_8": "DMD2, guidance 8",
     },
     "dfd": {
         "dmd2": "DMD2", "dmd2_on": "+ DMD2", "finetune": "+ regression", "dfd": "+ DFD", "dfd_p1": "+ DFD, p 1",
@@ -101,7 +100,6 @@ TABLES = {  # rows beside data and teacher, and what they are called
     "broken": {
         "dmd2": "DMD2", "fake_score_rare": "fake score 1 : 1", "lr_high": "rates x 10", "guidance_1": "guidance 1",
         "guidance_8": "guidance 8", "no_normaliser": "no normaliser", "shift_1": "shift 1",
-        "codmd_both": "CoDMD, both", "gather": "gather without a sum",
     },
     "causal": {
         "dmd2": "DMD2, all frames at once", "causal_start": "ODE start", "causal": "DMD2", "causal_on": "+ DMD2",
