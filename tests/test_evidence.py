@@ -165,7 +165,7 @@ def test_one_table_has_one_teacher(tmp_path, fails):
 
 
 def test_a_folder_that_is_no_run(tmp_path, fails):
-    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "not a run with a checkpoint")
+    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "is no run: give runs/NAME")
     fails(lambda: evidence.main(evidence.Args(runs=())), "at least one run")
     fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),), seeds=0)), "--seeds", "at least 1")
 
