@@ -77,7 +77,7 @@ def configuration(source, model):
         sigmas = [sigma for own in levels for sigma in own]
         evaluations = len(sigmas)
         ends = [*(own[0] for own in levels[1:]), 0.0] if len(levels) > 1 else []
-        how = {"averaged": not source.raw and getattr(args, "ema_decay", 0) > 0, "phase_ends": ends}
+        how = {"averaged": not source.raw and args.ema_decay > 0, "phase_ends": ends}
         if block := getattr(args, "frame_block", 0):
             how |= {"frame_block": block, "kept_frames": source.kept_frames}
     return {

@@ -35,7 +35,7 @@ I2V, CAUSAL = "--teacher tiny-i2v", "--frame-block 1"
 # name: (script, flags, name of the run to start from); each is a row of a table
 RUNS = {
     "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
-    "start": ("dmd2.py", "--steps 1 --gan-weight 0 --lr 0 --weight-decay 0", None),  # the student before it learns
+    "untrained": ("dmd2.py", "--steps 1 --gan-weight 0 --lr 0 --weight-decay 0", None),  # the student before it learns
     "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "dmd_regression": (
         "dmd.py",
@@ -80,7 +80,7 @@ RUNS = {
 }
 TABLES = {  # rows beside data and teacher, and what they are called
     "dmd2": {
-        "start": "DMD2, untrained", "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25", "dmd2": "DMD2",
+        "untrained": "DMD2, untrained", "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25", "dmd2": "DMD2",
         "gan": "DMD2 + GAN", "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "x6": "DMD2, six times as long",
         "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4", "guidance_8": "DMD2, guidance 8",
     },

@@ -16,7 +16,7 @@ def check_name(teacher):
     folder = teacher.removesuffix(":i2v")
     if teacher in PRESETS or (Path(folder) / "model_index.json").is_file():
         return
-    meant = [name for name, preset in PRESETS.items() if name == f"{folder}-i2v" or preset.source == folder]
+    meant = [n for n, p in PRESETS.items() if n == f"{folder}-i2v" or p.source.partition("@")[0] == folder]
     if meant or not Path(folder).is_dir():
         known = (
             f"do you mean {meant[0]}?" if meant else f"use {', '.join(PRESETS)}, or a folder in the diffusers layout"

@@ -480,11 +480,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, fails, monkeypatch):
 
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     """Ctrl-C while the folder is written: what was written goes, and the handler is what it was before."""
-    run, before = trained(tmp_path), signal.getsignal(signal.SIGINT)
+    run, deaf = trained(tmp_path), lambda *_: None
+    before = signal.signal(signal.SIGINT, deaf)
     monkeypatch.setattr(shutil, "copytree", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as stop:
-        exported(run, tmp_path / "out")
-    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == before
+    try:
+        with pytest.raises(SystemExit) as stop:
+            exported(run, tmp_path / "out")
+        assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == deaf
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

@@ -255,6 +255,7 @@ def test_a_sheet_stays_of_a_size_to_look_at():
     many = draw_sheet([("a yellow triangle: step_0000250", [video] * 2)] * 36)
     long = draw_sheet([("a red circle: student", [video] * 5)], frames=8)
     assert max(many.size) < 1500 and long.width < 1300
+    assert draw_sheet([("student: " + "word " * 200, [video] * 2)]).height < 200
     clip = np.array(draw_sheet([("", [video])], frames=8))[CLIP_GAP:-CLIP_GAP, -CLIP_GAP - 8 * 65 + 1 : -CLIP_GAP]
     pixels, (high, wide) = np.array(long), clip.shape[:2]
     shown = sum(

@@ -278,6 +278,7 @@ def test_clips_are_read_only_when_asked_for(tmp_path):
         ({"teacher": "wan9.9"}, ["unknown teacher", "wan9.9", "wan2.1-1.3b"]),
         ({"teacher": "wan9.9/here", "init": "dmd2"}, ["unknown teacher", "no such folder"]),
         ({"teacher": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}, ["do you mean wan2.1-1.3b?"]),
+        ({"teacher": "nvidia/Cosmos-Predict2.5-2B"}, ["do you mean cosmos2.5-2b?"]),
         ({"prompts": "missing.txt"}, ["--prompts: no such file or folder missing.txt"]),
         ({"steps": 0}, ["--steps", "at least 1"]),
         ({"batch_size": 0}, ["--batch-size", "at least 1"]),

@@ -216,10 +216,7 @@ MISTAKES = [
     ({"prompt": ("a",), "checkpoint": "begun"}, "begun has no checkpoint yet"),
     ({"prompt": ("a",), "checkpoint": ""}, "no such run ''"),
     ({"prompt": ("a",), "checkpoint": "damaged"}, "is incomplete: student/transformer/config.json is missing"),
-    (
-        {"prompt": ("a",), "out": "full"},
-        "full is not empty (of samples that were not finished, perhaps): delete it, or give another",
-    ),
+    ({"prompt": ("a",), "out": "full"}, "full is not empty: delete it, or give another folder with --out"),
     ({"prompt": ("a",), "out": "file"}, "it is no folder; see --out"),
     ({"prompt": ("a",), "cache": "file"}, "it is no folder; see --cache"),
 ]

@@ -139,8 +139,7 @@ def main(args):
     images = first_frames(args, model, len(prompts))
     out = args.out or checkpoint.parents[1] / "samples"
     if out.is_dir() and any(out.iterdir()):
-        unfinished = "" if (out / "samples.json").is_file() else " (of samples that were not finished, perhaps)"
-        raise Fatal(f"{out} is not empty{unfinished}: delete it, or give another folder with --out")
+        raise Fatal(f"{out} is not empty: delete it, or give another folder with --out")
     cache = args.cache or checkpoint.parents[2] / "cache"
     make_folder(out, hint="; see --out")
     make_folder(cache, hint="; see --cache")
