@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from annotated_types import Ge
 from einops import rearrange, reduce
@@ -25,6 +24,8 @@ from einops import rearrange, reduce
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
 from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
+
+import torch  # noqa: E402
 
 import codmd  # noqa: E402
 import common  # noqa: E402

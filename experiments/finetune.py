@@ -12,12 +12,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
 from harness.flags import launch  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 from dfd import RECIPES, Args, check, rollout, sample_student  # noqa: E402, F401  (evidence.py samples with the last)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
-import torch
 import tyro
 from einops import rearrange
 from matplotlib import pyplot as plt
@@ -24,6 +23,8 @@ sys.path.insert(
 )  # so that `python experiments/gradients.py` finds the scripts
 
 from harness.flags import one_line_errors  # noqa: E402
+
+import torch  # noqa: E402
 
 import codmd  # noqa: E402
 import common  # noqa: E402

@@ -11,11 +11,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
 
 from harness.flags import launch  # noqa: E402
+
+import torch  # noqa: E402
 
 import dmd2  # noqa: E402
 from dmd2 import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)

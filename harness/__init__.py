@@ -5,5 +5,16 @@ torch is loaded. By default they spin, and beside other work on the same cores a
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+told = sys.excepthook
+
+
+def without_interrupts(kind, error, trace):
+    """Ctrl-C while torch is imported ends a program without a traceback, as it does later (see one_line_errors)."""
+    if not issubclass(kind, KeyboardInterrupt):
+        told(kind, error, trace)
+
+
+sys.excepthook = without_interrupts

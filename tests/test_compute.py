@@ -40,7 +40,10 @@ def test_compile(tmp_path, flags):
 def test_attention(tmp_path, monkeypatch, attention):
     from diffusers.models import attention_dispatch
 
-    used, backends = [], attention_dispatch._AttentionBackendRegistry._backends
+    registry, used = attention_dispatch._AttentionBackendRegistry, []
+    # diffusers sets it for the whole process, and other tests are in this one
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    backends = registry._backends
     name = attention_dispatch.AttentionBackendName(attention)
     backend = backends[name]
     monkeypatch.setitem(backends, name, lambda *args, **named: used.append(1) or backend(*args, **named))

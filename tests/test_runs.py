@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -34,6 +35,10 @@ from harness.run import Run
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights
 from tiny import world as tiny
 
+PROGRAMS = ["dmd.py", "dmd2.py", "dfd.py", "codmd.py", "phased_dmd.py", "eval_vbench.py"]
+PROGRAMS += [
+    f"{room}/{path.name}" for room in ("tools", "experiments") for path in sorted((ROOT / room).glob("[a-z]*.py"))
+]
 TEACHER = ROOT / "tiny" / "teacher"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -154,6 +159,17 @@ def test_sigkill_at_a_random_moment_then_resume_is_exact(tmp_path):
     assert first
     dmd.main(small_args(runs_dir=tmp_path / "broken", steps=steps, save_every=2, resume="latest"))
     assert same(student_weights(tmp_path / "unbroken", steps), student_weights(tmp_path / "broken", steps))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, program):
+    """harness comes before torch, whose OpenMP reads when it is loaded how its threads are to wait."""
+    text = "import os, signal, time\nassert os.environ['OMP_WAIT_POLICY'] == 'passive'\n"
+    (tmp_path / "torch.py").write_text(text + "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env.pop("OMP_WAIT_POLICY", None)
+    run = subprocess.run([sys.executable, ROOT / program], env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_ctrl_c_before_training_is_no_traceback_and_leaves_no_run(tmp_path):

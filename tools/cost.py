@@ -15,7 +15,7 @@ a LoRA's own activations and FLOPs, the discriminator's heads and previews.
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +23,15 @@ from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 from unittest import mock
 
-import torch
 from annotated_types import Ge
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/cost.py` finds the scripts
 
 from harness.flags import check_flags, one_line_errors, parse_args, with_recipe  # noqa: E402
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import common  # noqa: E402
 from families.presets import PRESETS, TINY_WORLD, name_of  # noqa: E402
@@ -123,6 +124,13 @@ def recipe_gpus(teacher):
     return 1 if name_of(teacher) in TINY_WORLD else 8
 
 
+class Shapes(SimpleNamespace):
+    """What is known of a teacher without its files. As common.Model, each is itself alone: one_forward is cached."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
+@cache  # a table asks for each teacher some thirty times
 def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
     if teacher not in PRESETS or teacher in TINY_WORLD:
@@ -135,7 +143,7 @@ def describe(teacher, frames, height, width):
         config = dict(family.transformer_class.from_config(preset.config).config)
     vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
     shape, patch = family.shapes(config, vae, frames, height, width)
-    model = SimpleNamespace(
+    model = Shapes(
         name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
         text_length=512, text_dim=config[family.text_dim], conditions=family.conditions(config, shape), index={},
     )  # fmt: skip
@@ -143,6 +151,7 @@ def describe(teacher, frames, height, width):
     return model
 
 
+@cache
 def one_forward(model):
     """(network on the meta device in bf16, FLOPs of a forward of one sample, bytes that autograd keeps of it)."""
     with torch.device("meta"):

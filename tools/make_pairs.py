@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch.distributed as dist
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_pairs.py` finds the scripts
 
 from harness.flags import check_flags, one_line_errors, parse_args  # noqa: E402
+
+import torch.distributed as dist  # noqa: E402
 
 import common  # noqa: E402
 import dmd  # noqa: E402

@@ -20,13 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/…` finds the scripts
 
 from harness.flags import launch  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 import dmd  # noqa: E402

@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
@@ -25,6 +22,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/sample.py` finds the scripts
 
 from harness.flags import check_flags, one_line_errors  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 import dmd2  # noqa: E402

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 from unittest import mock
 
-import torch
 from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/step_time.py` finds the scripts
 
 from harness.flags import check_flags  # noqa: E402
+
+import torch  # noqa: E402
 
 import common  # noqa: E402
 from families.adapters import Adapted  # noqa: E402
