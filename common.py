@@ -22,7 +22,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
 from families.adapters import Adapted, add_adapters
-from families.compute import prepare
 from families.folders import teacher_folder
 from families.images import find_images
 from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
@@ -95,6 +94,8 @@ class Model:
         adapters: LoRAs to put on it, {role: (rank, alpha)}, none of them on. A network of such a role that is loaded
         with this one as its base is this one with that LoRA on. frame_block: see network_class.
         """
+        from families.compute import prepare
+
         if role in getattr(base, "adapters", ()):
             network = Adapted(base, role, trained=role in TRAINED)
             self.reset(network)

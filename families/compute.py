@@ -1,8 +1,12 @@
-"""Flags that change a network's time and memory, and its results by rounding at most."""
+"""Flags that change a network's time and memory, and its results by rounding at most.
+
+common.Model imports this, as it does classes.py: --help need not wait for diffusers.
+"""
 
 import os
 import shutil
 
+from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.checkpoint import checkpoint
 
 from families.adapters import layers_with_loras, turned_on
@@ -14,13 +18,15 @@ def prepare(network, transformers, gradient_checkpointing=0, compile=False, atte
     for transformer in transformers:
         if attention:
             try:
-                transformer.set_attention_backend(attention)
+                with attention_backend("native"):  # gives back what diffusers sets for all networks of the process
+                    transformer.set_attention_backend(attention)
             except (ValueError, RuntimeError, ImportError) as error:
                 raise Fatal(f"--attention {attention}: {str(error).strip().splitlines()[0]}") from None
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing(recompute(list(network.blocks), gradient_checkpointing))
         if compile:
-            check_compiler()
+            if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+                raise Fatal("--compile needs a C++ compiler, and neither g++ nor clang++ is here: install one")
             transformer.compile_repeated_blocks()
 
 
@@ -32,8 +38,7 @@ def recompute(blocks, every):
     def call(block, *args):
         if blocks.index(block) % every:
             return block(*args)
-        layers = layers_with_loras(block)
-        on = layers[0]._active_adapter if layers else None
+        on = next((layer._active_adapter for layer in layers_with_loras(block)), None)
 
         def run(*args):
             with turned_on(block, on):
@@ -42,8 +47,3 @@ def recompute(blocks, every):
         return checkpoint(run, *args, use_reentrant=False)
 
     return call
-
-
-def check_compiler():
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise Fatal("--compile needs a C++ compiler, and there is no g++ or clang++ here: install one, or leave it out")

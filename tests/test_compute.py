@@ -41,9 +41,7 @@ def test_attention(tmp_path, monkeypatch, attention):
     from diffusers.models import attention_dispatch
 
     registry, used = attention_dispatch._AttentionBackendRegistry, []
-    # diffusers sets it for the whole process, and other tests are in this one
-    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
-    backends = registry._backends
+    backends, before = registry._backends, registry._active_backend
     name = attention_dispatch.AttentionBackendName(attention)
     backend = backends[name]
     monkeypatch.setitem(backends, name, lambda *args, **named: used.append(1) or backend(*args, **named))
@@ -51,6 +49,7 @@ def test_attention(tmp_path, monkeypatch, attention):
     count = len(used)
     other = trained(tmp_path, "other", attention=attention)
     assert near(plain, other) and len(used) > count
+    assert registry._active_backend == before, "other networks of this process have their own"
 
 
 @pytest.mark.parametrize(("processes", "size", "flags"), [(2, 1, {}), (4, 2, RANKS)], ids=["copies", "two groups"])
