@@ -2,6 +2,7 @@
 
 from harness.flags import with_recipe
 
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import dfd
 import dmd
 from harness.files import Fatal
 from harness.run import Run
+from tests.ranks import on_ranks
 
 # sums in another order are other bits: one thread, here and in what the tests start
 torch.set_num_threads(1)
@@ -52,6 +54,12 @@ def popen(processes=1, script=dmd, **flags):
         [*launch, str(ROOT / f"{script.__name__}.py"), *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def train_on_ranks(world, script, **flags):
+    """A script's main in that many processes."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    on_ranks(world, script.main, small_args(script, **flags))
 
 
 def stopped(monkeypatch, step, run):
@@ -95,6 +103,13 @@ def same(a, b):
 
 def distance(a, b):
     return sum((a[key] - b[key]).square().sum().item() for key in a) ** 0.5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_is_searched():
+    """Garbage collection looks at all that the imports made, again and again: a third of a short run's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from harness.flags import parse_args, with_recipe
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from families.wan import Wan
 from families.wan_causal import CausalWan
 from harness.finished import load_run, students_of
 from harness.media import read_video
-from tests.conftest import ROOT, only_run, same, small_args, student_weights
+from tests.conftest import on_ranks, only_run, same, small_args, student_weights
+from tests.ranks import train_all
 from tests.small_teachers import awake
 from tiny import measures, world
 from tools import ode_init
@@ -234,14 +234,8 @@ def test_two_ranks_are_one(tmp_path):
         flags = {"steps": 3, "save_every": 3, "preview_every": 0, "gradient_checkpointing": 1, **FLAGS, **more}
         flags["student_every"] = 1
         script.main(small_args(script, runs_dir=tmp_path / "one", batch_size=2, **flags))
-        args = small_args(script, runs_dir=str(tmp_path / "two"), batch_size=1, **flags)
-        runs.append((script.__name__, dataclasses.asdict(args)))
-    (tmp_path / "runs.json").write_text(json.dumps(runs, default=str))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run(
-        [*launch, "-m", "tests.two_ranks", tmp_path / "runs.json"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
+        runs.append((script.__name__, small_args(script, runs_dir=tmp_path / "two", batch_size=1, **flags)))
+    on_ranks(2, train_all, runs)
     start = load_file(Path(common.teacher_folder("tiny")) / "transformer" / "diffusion_pytorch_model.safetensors")
     for script in (dmd2, dfd, codmd):
         one, other = (student_weights(tmp_path / world, 3, script) for world in ("one", "two"))

@@ -1,17 +1,14 @@
 """codmd.py: the relation loss against its own gradient formula, by hand, and across ranks."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import codmd
 import dmd2
-from tests.conftest import ROOT, distance, popen, same, small_args, student_weights
-from tests.gathered import student_gradient
+from tests.conftest import distance, on_ranks, same, small_args, student_weights, train_on_ranks
+from tests.gathered import gradients, student_gradient
 
 
 def rows(*shape, seed=0):
@@ -106,10 +103,8 @@ def test_frame_relations_are_each_samples_own():
 @pytest.mark.parametrize("world", [2, 4])
 def test_sample_relations_do_not_depend_on_the_ranks(tmp_path, world):
     """And why the gather's backward must sum: without the other ranks' part, what is left is 1 / world too small."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     path = tmp_path / "gradients.pt"
-    subprocess.run([*launch, "-m", "tests.gathered", str(path)], cwd=ROOT, env=env, check=True)
+    on_ranks(world, gradients, path)
     summed, own = torch.load(path, weights_only=True)
     torch.testing.assert_close(summed, student_gradient(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(own, student_gradient() / world, atol=1e-6, rtol=1e-4)
@@ -127,10 +122,8 @@ def test_relation_weight_0_is_dmd2(tmp_path):
 def test_two_ranks_match_one(tmp_path):
     """A whole run with sample relations; the part that they have in it is the yardstick."""
     flags = {"steps": 4, "student_every": 1, "frame_relation": 0.0, "relation_weight": 1.0, "gan_weight": 0.0}
-    two = popen(2, codmd, runs_dir=tmp_path / "two", batch_size=2, sample_relation=1.0, **flags)
     codmd.main(small_args(codmd, runs_dir=tmp_path / "one", batch_size=4, sample_relation=1.0, **flags))
     codmd.main(small_args(codmd, runs_dir=tmp_path / "none", batch_size=4, sample_relation=0.0, **flags))
-    _, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err[-3000:]
+    train_on_ranks(2, codmd, runs_dir=tmp_path / "two", batch_size=2, sample_relation=1.0, **flags)
     one, two, none = (student_weights(tmp_path / name, 4, codmd) for name in ("one", "two", "none"))
     assert distance(two, one) < 0.02 * distance(none, one)

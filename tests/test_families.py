@@ -10,8 +10,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,7 +37,8 @@ from harness.files import read_json, read_prompts
 from harness.finished import load_run, students_of
 from harness.media import read_video, write_mp4
 from tests import small_teachers
-from tests.conftest import ROOT, only_run, same
+from tests.conftest import ROOT, on_ranks, only_run, same
+from tests.ranks import train_all
 from tests.small_teachers import SMALL
 from tools import make_shards
 from tools.video_in.video import read_clip
@@ -238,16 +237,11 @@ def test_two_ranks_train_as_one(folders, prompts, tmp_path):
     for name in (name for name in SMALL if name != "wan"):
         for script in (next(others), phased_dmd):
             two = args_of(script, name, folders, prompts, tmp_path / name / "two", batch_size=1, **plain)
-            runs.append((script.__name__, dataclasses.asdict(two)))
+            runs.append((script.__name__, two))
             script.main(args_of(script, name, folders, prompts, tmp_path / name / "one", batch_size=2, **plain))
-    (tmp_path / "runs.json").write_text(json.dumps(runs, default=str))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run(
-        [*launch, "-m", "tests.two_ranks", tmp_path / "runs.json"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
-    for script, flags in runs:
-        place, start = Path(flags["runs_dir"]).parent, common.teacher_folder(flags["teacher"])
+    on_ranks(2, train_all, runs)
+    for script, args in runs:
+        place, start = Path(args.runs_dir).parent, common.teacher_folder(args.teacher)
         one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in ("one", "two"))
         for part, weights in one.items():
             own = part if (start / part).is_dir() else "transformer"  # phases begin with the teacher's one network
