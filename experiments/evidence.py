@@ -13,7 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +75,12 @@ class Args:
     out: Path = Path("runs/evidence")
     """Folder for table.md, sheet.png, clips.webp (six clips each of "a shape" and "a circle", moving) and runs.json
     (the runs compared)."""
+
+
+@cache
+def data_factors():
+    """Factors of 2,048 clips of the data, whose numbers no training reaches."""
+    return measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
 
 
 def factors_of(clips):
@@ -233,8 +239,7 @@ def main(args):
     images = tiny.batch(1, range(10**9, 10**9 + len(tiny.EXAMPLES)), tiny.EXAMPLES)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     vae, teacher = model.load_vae(device), model.load_network("teacher", device)
-    # numbers that no training reaches
-    reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
+    reference = data_factors()
     count = len(tiny.EXAMPLES) * args.seeds
 
     def by_caption(x):
