@@ -33,6 +33,15 @@ SMALL = {
 PAIRS = {"num_samples": 4, "pair_steps": 2}  # dmd.py alone solves them on the tiny teacher
 
 
+LONGEST = ("mains", "runs", "families", "phased_dmd", "adapters", "compute", "causal", "evidence", "cluster", "sample")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that of xdist's workers none is left with one at the end."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def small(script, flags):
     return {**SMALL, **(PAIRS if script is dmd else {}), **({"init": None} if script is dfd else {}), **flags}
 
