@@ -1,4 +1,4 @@
-"""Processes of one group, forked from one that has imported everything: what torchrun does, without two imports a test.
+"""Processes forked from one that has imported everything: what torchrun and a shell do, without the imports of each.
 
 torchrun itself starts the processes of test_runs.py, test_make_shards.py, test_eval_vbench.py and test_cluster.py.
 """
@@ -7,7 +7,9 @@ from harness.flags import with_recipe  # noqa: F401  (before torch)
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 from importlib import import_module
 
 import torch
@@ -39,6 +41,22 @@ def one_rank(job):
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in own.items()}}
     function(*args)
+
+
+def run_program(path, words, folder, out):
+    """A program's exit code, standard output and error, started in a folder; `out` is a path beside which both go."""
+    process = CONTEXT.Process(target=one_program, args=(path, words, folder, out))
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode, *(out.with_suffix(end).read_text() for end in (".out", ".err"))
+
+
+def one_program(path, words, folder, out):
+    for number, end in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(out.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.argv = [str(path), *words]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def train_all(runs):

@@ -213,18 +213,22 @@ def exported(run, step):
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "wan"])
 def test_every_script_trains_resumes_and_exports(name, folders, prompts, tmp_path):
+    """Of the scripts with one phase one is resumed, another with each family: how they resume is the same text."""
+    resumed = (phased_dmd, (dmd, dmd2, dfd, codmd)[list(SMALL).index(name) % 4])
     for script in SCRIPTS:
         place = tmp_path / script.__name__
         script.main(args_of(script, name, folders, prompts, place))
         run = only_run(place, script)
         ends = exported(run, 4)
+        assert ends and (run / "previews" / "step_0000004.png").is_file()
+        if script not in resumed:
+            continue
         # from the middle, in a folder of its own: the same end, to the bit
         before = run / "checkpoints" / "step_0000002"
         script.main(args_of(script, name, folders, prompts, place, resume=str(before), preview_every=0))
         (again,) = set(place.glob(f"{script.__name__}__*")) - {run}
         for part, weights in exported(again, 4).items():
             assert same(weights, ends[part]), f"{script.__name__}, {part}"
-        assert (run / "previews" / "step_0000004.png").is_file()
 
 
 def test_two_ranks_train_as_one(folders, prompts, tmp_path):

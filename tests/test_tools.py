@@ -1,12 +1,10 @@
 """tools/ as a user starts them, and make_pairs.py: it goes on, and refuses to mix."""
 
-import subprocess
-import sys
-
 import pytest
 
 import dmd
 from tests.conftest import ROOT, small_args
+from tests.ranks import run_program
 from tools import make_pairs
 
 
@@ -23,19 +21,18 @@ from tools import make_pairs
 )
 def test_a_mistake_is_one_line(tmp_path, words, line):
     program, *flags = words
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / program), *flags], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"{line}\n")
-    assert not any(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    said = run_program(ROOT / "tools" / program, flags, tmp_path / "folder", tmp_path / "said")
+    assert said == (2, "", f"{line}\n")
+    assert not any((tmp_path / "folder").iterdir())
 
 
 @pytest.mark.parametrize("program", ["make_pairs.py", "cost.py", "step_time.py"])
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)])
-def test_without_its_first_word_a_tool_says_what_it_is_for(program, words, code):
-    run = subprocess.run([sys.executable, str(ROOT / "tools" / program), *words], capture_output=True, text=True)
-    said, silent = (run.stderr, run.stdout) if code else (run.stdout, run.stderr)
-    assert run.returncode == code and f"tools/{program}" in said and not silent
+def test_without_its_first_word_a_tool_says_what_it_is_for(tmp_path, program, words, code):
+    ended, out, err = run_program(ROOT / "tools" / program, words, tmp_path, tmp_path / "said")
+    said, silent = (err, out) if code else (out, err)
+    assert ended == code and f"tools/{program}" in said and not silent
 
 
 def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
