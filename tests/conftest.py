@@ -68,7 +68,7 @@ def popen(processes=1, script=dmd, **flags):
 def train_on_ranks(world, script, **flags):
     """A script's main in that many processes."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    on_ranks(world, script.main, small_args(script, **flags))
+    on_ranks(world, script.main, small_args(script, **flags), folders=[flags["runs_dir"]])
 
 
 def stopped(monkeypatch, step, run):

@@ -235,7 +235,7 @@ def test_two_ranks_are_one(tmp_path):
         flags["student_every"] = 1
         script.main(small_args(script, runs_dir=tmp_path / "one", batch_size=2, **flags))
         runs.append((script.__name__, small_args(script, runs_dir=tmp_path / "two", batch_size=1, **flags)))
-    on_ranks(2, train_all, runs)
+    on_ranks(2, train_all, runs, folders={args.runs_dir for _, args in runs})
     start = load_file(Path(common.teacher_folder("tiny")) / "transformer" / "diffusion_pytorch_model.safetensors")
     for script in (dmd2, dfd, codmd):
         one, other = (student_weights(tmp_path / world, 3, script) for world in ("one", "two"))

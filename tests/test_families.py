@@ -244,7 +244,7 @@ def test_two_ranks_train_as_one(folders, prompts, tmp_path):
             two = args_of(script, name, folders, prompts, tmp_path / name / "two", batch_size=1, **plain)
             runs.append((script.__name__, two))
             script.main(args_of(script, name, folders, prompts, tmp_path / name / "one", batch_size=2, **plain))
-    on_ranks(2, train_all, runs)
+    on_ranks(2, train_all, runs, folders={args.runs_dir for _, args in runs})
     for script, args in runs:
         place, start = Path(args.runs_dir).parent, common.teacher_folder(args.teacher)
         one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in ("one", "two"))
