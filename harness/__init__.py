@@ -8,13 +8,13 @@ import os
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-told = sys.excepthook
+usual = sys.excepthook
 
 
 def without_interrupts(kind, error, trace):
     """Ctrl-C while torch is imported ends a program without a traceback, as it does later (see one_line_errors)."""
     if not issubclass(kind, KeyboardInterrupt):
-        told(kind, error, trace)
+        usual(kind, error, trace)
 
 
 sys.excepthook = without_interrupts

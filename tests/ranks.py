@@ -82,6 +82,7 @@ def run_program(path, words, folder, out):
     process = CONTEXT.Process(target=one_program, args=(path, words, folder, out))
     process.start()
     process.join(timeout=300)
+    process.kill()
     return process.exitcode, *(out.with_suffix(end).read_text() for end in (".out", ".err"))
 
 

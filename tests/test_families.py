@@ -213,7 +213,7 @@ def exported(run, step):
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "wan"])
 def test_every_script_trains_resumes_and_exports(name, folders, prompts, tmp_path):
-    """Of the scripts with one phase one is resumed, another with each family: how they resume is the same text."""
+    """With every family phased_dmd.py is resumed, and in turn one of the others: how they resume is the same text."""
     resumed = (phased_dmd, (dmd, dmd2, dfd, codmd)[list(SMALL).index(name) % 4])
     for script in SCRIPTS:
         place = tmp_path / script.__name__

@@ -125,7 +125,7 @@ def recipe_gpus(teacher):
 
 
 class Shapes(SimpleNamespace):
-    """What is known of a teacher without its files. As common.Model, each is itself alone: one_forward is cached."""
+    """What is known of a teacher without its files, compared by identity as common.Model is: one_forward is cached."""
 
     __hash__, __eq__ = object.__hash__, object.__eq__
 
