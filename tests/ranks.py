@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import runpy
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -46,11 +45,10 @@ def on_ranks(world, function, *args, folders=()):
 
 def started(world, function, args):
     """Exit codes of the ranks (1 for one that hung), and what broke in them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # as torchrun does: the store is here, at a port that is free
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as place:
-        jobs = [(rank, world, port, Path(place), function, args) for rank in range(world)]
+        jobs = [(rank, world, store.port, Path(place), function, args) for rank in range(world)]
         ranks = [CONTEXT.Process(target=one_rank, args=job) for job in jobs]
         for rank in ranks:
             rank.start()
@@ -69,7 +67,8 @@ def started(world, function, args):
 def one_rank(rank, world, port, place, function, args):
     torch.set_num_threads(1)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in own.items()}}
+    own |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}  # no rank hosts the store
+    os.environ |= {name: str(value) for name, value in own.items()}
     try:
         function(*args)
     except BaseException:
