@@ -295,7 +295,7 @@ class Shards(Samples):
         self.conditions = {} if keys is None else model.conditions
         keys = (*(keys or ()), *self.conditions)
         self.has_clips = "latents" in keys
-        self.rows, self.prompts, self.orders = [], [], {}
+        self.folder, self.rows, self.prompts, self.orders = Path(folder), [], [], {}
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         if not paths:
             raise Fatal(f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}")

@@ -65,14 +65,15 @@ def configuration(source, model):
     """What decides a sample's pixels beside its prompt, seed and batch, as a dict for JSON."""
     args = source.args
     if source.role == "teacher":
-        name, weights, steps, shift = "dmd2.py", model.folder / "transformer", args.teacher_steps, args.shift
+        name, steps, shift = "dmd2.py", args.teacher_steps, args.shift
+        weights = [contents_id(model.folder / part) for part in model.family.parts]
         u = [1 - i / steps for i in range(steps)]
         sigmas = [round(shift * x / (1 + (shift - 1) * x), 6) for x in u]
         evaluations = 2 * steps  # both halves of guidance
         how = {"guidance_scale": args.guidance_scale, "shift": shift, "negative_prompt": model.negative_prompt}
     else:
-        name, weights = source.script.__name__.rpartition(".")[2] + ".py", source.checkpoint
-        weights = weights / ("state" if source.raw else "student")
+        name = source.script.__name__.rpartition(".")[2] + ".py"
+        weights = [contents_id(source.checkpoint / ("state" if source.raw else "student"))]
         levels = noise_levels(source.script, args)
         sigmas = [sigma for own in levels for sigma in own]
         evaluations = len(sigmas)
@@ -82,7 +83,7 @@ def configuration(source, model):
             how |= {"frame_block": block, "kept_frames": source.kept_frames}
     return {
         "role": source.role, "script": name, **how,
-        "teacher": name_of(args.teacher), "checkpoint": contents_id(weights),
+        "teacher": name_of(args.teacher), "checkpoint": "+".join(weights),
         "text_encoder": contents_id(model.folder / "text_encoder", contents=False),
         "vae": contents_id(model.folder / "vae"), "sigmas": sigmas, "nfe": evaluations,
         "frames": args.frames, "height": args.height, "width": args.width, "fps": model.fps,

@@ -32,7 +32,7 @@ import common  # noqa: E402
 import dmd2  # noqa: E402
 from families.presets import TINY_WORLD, name_of  # noqa: E402
 from harness.files import Fatal, make_folder, read_json  # noqa: E402
-from harness.finished import load_run, noise_levels, students_of  # noqa: E402
+from harness.finished import load_run, noise_levels, run_of, students_of  # noqa: E402
 from harness.media import contact_sheet, moving_sheet  # noqa: E402
 from harness.metrics import preview_metrics  # noqa: E402
 from tiny import measures  # noqa: E402
@@ -234,7 +234,8 @@ def main(args):
     _, _, first, checkpoint = runs[0]
     device = common.init_distributed()
     model = common.Model(first.teacher, first.frames, first.height, first.width)
-    shape, cache = model.latent_shape, checkpoint.parents[2] / "cache"  # beside the run, which may have been moved
+    run = run_of(checkpoint)  # which may have been moved
+    shape, cache = model.latent_shape, run.parent / "cache" if run else args.out / "cache"
     captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
     images = tiny.batch(1, range(10**9, 10**9 + len(tiny.EXAMPLES)), tiny.EXAMPLES)[0][:, None, :, 0]
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])

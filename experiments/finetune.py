@@ -29,8 +29,10 @@ def main(args):
     # setup
     if not (args.init or args.resume):
         raise Fatal("--init CHECKPOINT is missing: the student to train on, a run of dmd2.py as a rule")
+    if args.lora_rank or args.fake_lora_rank:
+        raise Fatal("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
     run = Run(__file__, args)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     check(args, model)
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     if not data.has_clips:

@@ -43,11 +43,11 @@ def velocity_gradient(x0_real, x0_fake, sigma, s):
     return (1 - t) ** 2 / ((1 - s) * t) * (x0_fake - x0_real) / t  # v_real - v_fake = (x0_fake - x0_real) / t
 
 
-def sigma_below(rng, shift, s, top):
+def sigma_below(rng, shift, s, top, lowest, highest):
     """phased_dmd.sample_sigma on (s, top) instead of (s, 1)."""
     low, high = (level / (shift - (shift - 1) * level) for level in (s, top))  # before the shift
     u = low + (high - low) * rng.uniform()
-    return (shift * u / (1 + (shift - 1) * u)).clamp(max(s, 0.02), 0.98)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(max(s, lowest), highest)
 
 
 def main(args):
@@ -56,19 +56,19 @@ def main(args):
 
     def kept_rollout(*arguments):
         x_s, x0 = rollout(*arguments)
-        last["x_s"] = x_s
+        last.update(x_s=x_s, end=arguments[4][-1])  # of its noise levels the last is the phase's end
         return x_s, x0
 
-    def kept_sigma(rng, shift, s, low, high):
-        sigma = sigma_below(rng, shift, s, starts[s]) if args.disjoint_times else sample_sigma(rng, shift, s, low, high)
-        last.update(sigma=sigma, s=s)
-        return sigma
+    def kept_sigma(rng, shift, floor, *score_times):
+        own = sigma_below(rng, shift, floor, starts[last["end"]], *score_times) if args.disjoint_times else None
+        last["sigma"] = sample_sigma(rng, shift, floor, *score_times) if own is None else own
+        return last["sigma"]
 
     phased_dmd.rollout, phased_dmd.sample_sigma = kept_rollout, kept_sigma
     if args.naive_target:
         phased_dmd.flow_loss = lambda v, x_s, noise, sigma, s: flow_loss(v, x_s, noise, sigma, 0)
     if args.velocity_gradient:
-        phased_dmd.dmd_gradient = lambda x0, real, fake: velocity_gradient(real, fake, last["sigma"], last["s"])
+        phased_dmd.dmd_gradient = lambda x0, real, fake: velocity_gradient(real, fake, last["sigma"], last["end"])
         phased_dmd.student_loss = lambda x0, grad: student_loss(last["x_s"], grad)
     phased_dmd.main(args)
 

@@ -34,6 +34,8 @@ def rollout(student, rng, cond, shape, sigmas):
 def main(args):
     if args.student_input == "data":
         raise Fatal("--student-input data takes one step, so there is nothing to go back through: leave it out")
+    if args.frame_block:
+        raise Fatal("--frame-block: the gradient through all steps is here for all frames at once: leave it out")
     dmd2.__file__ = __file__  # the run is named after, and keeps the source of, this file
     # whatever the exit step, all noise levels
     dmd2.rollout = lambda student, rng, cond, shape, *_: rollout(student, rng, cond, shape, args.student_sigmas)

@@ -30,7 +30,7 @@ def family_of(kind, folder, index=None):
     if index and not isinstance(index.get("_class_name"), str):
         raise Fatal(f"{folder}/model_index.json has no _class_name: it is not as diffusers writes it")
     if kind.endswith(I2V) and kind not in FAMILIES and kind.removesuffix(I2V) in FAMILIES:
-        raise Fatal(f"{folder} holds a {kind.removesuffix(I2V)}, which does no image-to-video: leave out :i2v")
+        raise Fatal(f"{folder} holds a {kind.removesuffix(I2V)}, which has one task: leave out :i2v")
     if kind not in FAMILIES:
         raise Fatal(f"{folder} holds a {kind}; known are {'; '.join(FAMILIES)}. To add one: families/__init__.py")
     file, name = FAMILIES[kind]

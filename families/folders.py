@@ -18,9 +18,7 @@ def check_name(teacher):
         return
     meant = [n for n, p in PRESETS.items() if n == f"{folder}-i2v" or p.source.partition("@")[0] == folder]
     if meant or not Path(folder).is_dir():
-        known = (
-            f"do you mean {meant[0]}?" if meant else f"use {', '.join(PRESETS)}, or a folder in the diffusers layout"
-        )
+        known = f"do you mean {meant[0]}?" if meant else f"use a folder in the diffusers layout or {', '.join(PRESETS)}"
         raise Fatal(f"unknown teacher {teacher!r}, and no such folder: {known}")
     raise Fatal(f"{folder} has no model_index.json: not the diffusers layout (of Wan, repositories named …-Diffusers)")
 
@@ -34,7 +32,7 @@ def teacher_folder(teacher):
     folder = source = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
     if teacher in PRESETS and teacher not in TINY_WORLD:
         repository, _, revision = source.partition("@")
-        patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+        patterns = ["model_index.json", "README.md", *(f"{part}/*" for part in PARTS)]
         try:  # the Hub's client locks, so that one process of a machine downloads
             folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         except Exception as error:  # it raises a dozen kinds for "no network", "no access", "no space"
@@ -56,9 +54,7 @@ def teacher_folder(teacher):
         if needed and not files and part not in ("tokenizer", "image_processor"):
             raise Fatal(f"{folder / part} holds no *.safetensors: not a complete copy, download it again")
         if any(".fp16." in file.name for file in files):
-            raise Fatal(
-                f"{folder / part} holds an fp16 variant, which is not read: leave only the full-precision files"
-            )
+            raise Fatal(f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files")
         if len(files) > 1 and not any((folder / part).glob("*.index.json")):
             raise Fatal(f"{folder / part} holds {len(files)} files of weights and no index: leave the one that counts")
         for path in files:  # each is as long as its header says

@@ -32,15 +32,15 @@ def find_images(folder, count, height, width):
 
 
 def tell_cropped(paths, height, width):
-    """Say how many of these images have another aspect."""
+    """Say how many of these images have another aspect. One process looks at them."""
     cropped = []
-    for path in paths:
+    for path in paths if int(os.environ.get("RANK", 0)) == 0 else ():
         with opened(path) as file:
             w, h = file.size[::-1] if file.getexif().get(ExifTags.Base.Orientation, 1) > 4 else file.size
         scale = max(width / w, height / h)
         if max(scale * w - width, scale * h - height) >= 1:
             cropped.append(path)
-    if cropped and int(os.environ.get("RANK", 0)) == 0:
+    if cropped:
         print(f"{len(cropped)} of {len(paths)} images have another aspect: cropped in the middle, as {cropped[0]}")
 
 
@@ -51,7 +51,7 @@ def opened(path):
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fatal(f"cannot read the image {path} ({str(error).splitlines()[0]})") from None
+        raise Fatal(f"cannot read the image {path} ({str(error).splitlines()[0]})", alone=True) from None
 
 
 def read_images(paths, height, width):
@@ -64,7 +64,7 @@ def read_images(paths, height, width):
         with opened(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # which PIL would cut off at 255
-                raise Fatal(f"{path} has more than 8 bits a channel: convert it first")
+                raise Fatal(f"{path} has more than 8 bits a channel: convert it first", alone=True)
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

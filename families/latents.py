@@ -23,10 +23,8 @@ def latent_shape(config, vae, frames, height, width):
     shape = (channels, (frames - 1) // time + 1, height // space, width // space)
     longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
     if longest > limit:
-        raise Fatal(
-            f"{frames} frames of {height} x {width} are {longest} patches along one side; this teacher's rotary "
-            f"embedding has {limit}: see --frames, --height, --width"
-        )
+        size = f"{frames} frames of {height} x {width} are {longest} patches along one side"
+        raise Fatal(f"{size}; this teacher's rotary embedding has {limit}: see --frames, --height, --width")
     return shape, patch
 
 

@@ -48,9 +48,8 @@ def check_checkpoint(path):
 
 def run_name(script, teacher, seed=None):
     """How the folders of a script's runs on a teacher begin, those of one seed or of all."""
-    return f"{script}__{(Path(teacher).name or Path(teacher).resolve().name)[:100]}__" + (
-        f"{seed}__" if seed is not None else ""
-    )
+    name = Path(teacher).name or Path(teacher).resolve().name
+    return f"{script}__{name[:100]}__{'' if seed is None else f'{seed}__'}"
 
 
 def runs_of(runs_dir, *which):
@@ -81,7 +80,7 @@ def find_init(runs_dir, teacher, init, flags=""):
         import_module("harness.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
         return Path(init)
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
-    runs = [run for run in runs_of(runs_dir, init, teacher) if (run / "args.json").is_file() and last(run).is_dir()]
+    runs = [run for run in runs_of(runs_dir, init, teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
         asked = f"train one ({init}.py --teacher {teacher}{flags}), or --init another; --init None: from the teacher"
         raise Fatal(f"--init: no finished run of {init}.py on {teacher} in {runs_dir} (--runs-dir): {asked}")
@@ -98,8 +97,10 @@ def flat_state(networks, optimizers):
     for name, network in networks.items():
         state |= {f"{name}.{key}": value for key, value in get_model_state_dict(network).items()}
     for name, optimizer in optimizers.items():
+        new = not optimizer.state  # then PyTorch makes it by a step without gradient, and counts that step
         values = get_optimizer_state_dict(networks[name], optimizer, options=FLAT)
-        state |= {f"{name}_optimizer.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        values = {f"{name}_optimizer.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        state |= {key: value.zero_() if new else value for key, value in values.items()}
     return state
 
 
@@ -170,11 +171,10 @@ def load_networks(checkpoint, networks):
         if key in known and known[key].size != value.shape:
             raise Fatal(f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
         if key not in known and key.split(".")[0] in found and ".heads." not in key:
-            merged = f"pass {checkpoint / 'student' / 'transformer'}, where it is merged"
-            raise Fatal(
-                f"--init {checkpoint}: it has no {key}; one of the two has a LoRA: give both the same --lora-rank and "
-                f"--fake-lora-rank, or train in full and {merged}"
-            )
+            full = f"train in full from {checkpoint / 'student' / 'transformer'}, where it is merged"
+            lora = f"one of the two has a LoRA: give both the same --lora-rank and --fake-lora-rank, or {full}"
+            why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
+            raise Fatal(f"{checkpoint} does not fit: it has no {key}; {why}")
     dcp.load(state, storage_reader=reader)
     return found
 

@@ -37,6 +37,11 @@ def load_run(folder):
     return script, args, checkpoint
 
 
+def run_of(checkpoint):
+    """The folder of the run that a checkpoint is in; None for a checkpoint that was copied elsewhere."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
+
+
 def noise_levels(script, args):
     """Noise levels at which a script's sampler evaluates its students, a list of them per student.
 

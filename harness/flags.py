@@ -1,10 +1,12 @@
 """The run's own flags, which every script's `Args` inherits, their bounds, and the command line."""
 
 import argparse
+import errno
 import math
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import tyro
 from annotated_types import Ge, Gt, Lt
+from tqdm import tqdm
 
 from families.presets import PRESETS, most_like
 from harness.checkpoints import find_checkpoint
@@ -30,11 +33,11 @@ class RunArgs:
     data: str | None = None
     """Folder of latent shards (see common.Shards) whose prompts and clips are used instead of --prompts."""
     frames: Annotated[int, Ge(1)]
-    """Frames of the video; 1 + a multiple of 4 for Wan, 1 for images."""
+    """Frames of the video; 1 + a multiple of 4, 1 for images."""
     height: Annotated[int, Ge(1)]
-    """Height of the video in pixels, a multiple of 16 for Wan."""
+    """Height of the video in pixels, a multiple of 16 (Wan 2.2 5B: 32)."""
     width: Annotated[int, Ge(1)]
-    """Width of the video in pixels, a multiple of 16 for Wan."""
+    """Width of the video in pixels, a multiple of 16 (Wan 2.2 5B: 32)."""
     batch_size: Annotated[int, Ge(1)]
     """Samples per process and micro-batch."""
     grad_accum: Annotated[int, Ge(1)]
@@ -177,13 +180,24 @@ def parse_args(Args, recipes):
 
 @contextmanager
 def one_line_errors():
-    """A user's mistake in this block ends the program with one line on standard error; so does Ctrl-C, with none."""
+    """A user's mistake in this block, or a full disk, ends the program with one line on standard error; so does Ctrl-C,
+    with none.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run catches it
+    full = lambda error: isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    shown = threading.excepthook  # TensorBoard's thread meets a full disk too, and passes it on
+    threading.excepthook = lambda hook: None if full(hook.exc_value) else shown(hook)
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            if not full(error):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise Fatal(f"cannot write: {where}{error.strerror}; free some space, then go on", 1, alone=True) from None
     except Fatal as error:
         if error.alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
         raise SystemExit(error.code) from None
 
 

@@ -35,7 +35,7 @@ from harness.checkpoints import (
     run_name,
     save_weights,
 )
-from harness.files import Fatal, make_folder, read_json, readable_by_all
+from harness.files import Fatal, make_folder, read_json, readable_by_all, written_aside
 
 
 class Run:
@@ -70,9 +70,11 @@ class Run:
             self.init = find_init(args.runs_dir, args.teacher, args.init, flags)
             args = replace(args, init=str(self.init))
             record = self.init / "args.json"
-            levels = " ".join(map(str, (read_json(record) if record.is_file() else {}).get("student_sigmas", ())))
-            if levels and own and levels != own and self.rank == 0:
-                print(f"warning: {self.init} was trained at --student-sigmas {levels}, and this run has {own}")
+            before = read_json(record) if record.is_file() else {}
+            levels = " ".join(map(str, before.get("student_sigmas", ())))
+            for name, was, now in (("student-sigmas", levels, own), ("teacher", before.get("teacher"), args.teacher)):
+                if was and now and was != now and self.rank == 0:
+                    print(f"warning: {self.init} was trained with --{name} {was}, and this run has {now}")
         self.keep, self.track, self.max_hours = args.keep, args.track, args.max_hours
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -97,8 +99,7 @@ class Run:
             raise Fatal(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
         for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
             if json.loads(json.dumps(getattr(args, name))) != before[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise Fatal(f"{flag} cannot change in a run with phases: it was {before[name]}")
+                raise Fatal(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
 
     def restore(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint to resume, else networks from --init; open the run folder.
@@ -150,7 +151,8 @@ class Run:
         if self.checkpoint and not resumed:
             print(f"{self.checkpoint} is not the last of its run: going on from it in a new one, {self.folder}")
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with
-            (self.folder / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
+            with written_aside(self.folder / "args.json") as aside:
+                aside.write_text(json.dumps(self.args, indent=2) + "\n")
         (self.folder / "revision.txt").write_text(git_revision())
         shutil.copy(self.script, self.folder)
         if self.track:

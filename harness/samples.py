@@ -51,6 +51,8 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
 def samples_key(data, count, batch_size, settings):
     """What samples of the teacher depend on: a folder of them is good while this is the same."""
     model = data.model
-    files = [path for part in model.family.parts for path in sorted((model.folder / part).iterdir())]
-    where = (stamps(files), model.latent_shape, model.negative_prompt, data.prompts)
+    files = [path for part in model.family.parts for path in sorted((model.folder / part).iterdir()) if path.is_file()]
+    where = (model.family.__name__, stamps(files), model.latent_shape, model.negative_prompt, data.prompts)
+    if model.conditions and isinstance(data, common.Shards):  # first frames; their folder's name stands for its images
+        where += (data.folder.name, stamps(sorted({path for path, _ in data.rows})))
     return hashed(where, count, batch_size, data.seed, settings)

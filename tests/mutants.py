@@ -146,7 +146,8 @@ MUTANTS = {
         ("(1 - t) ** 2 / ((1 - s) * t)", "1 / ((1 - s) * t)", 1),
         ("student_loss(last[\"x_s\"], grad)", "student_loss(x0, grad)", 1),
         ("noise, sigma, 0)", "noise, sigma, s)", 1),
-        ("starts[s]) if args.disjoint_times", "1.0) if args.disjoint_times", 1),
+        ('starts[last["end"]], *score_times)', "1.0, *score_times)", 1),
+        ('last["sigma"], last["end"])', 'last["sigma"], 0.0)', 1),
     ]),
     "families/wan.py": ("tests/test_runs.py tests/test_dmd2.py", [
         ("timestep = 1000 * sigma.float()", "timestep = (1000 * sigma).bfloat16()", 1),

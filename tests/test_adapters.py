@@ -187,7 +187,7 @@ def test_a_run_starts_from_another_with_the_same_loras(tmp_path, capsys, fails):
     assert distance(*({k: v for k, v in s.items() if k.startswith("student.")} for s in (before, after))) < 1e-6
     for ranks in ({}, {"lora_rank": 2}, {"fake_lora_rank": 3}):
         args = small_args(dfd, runs_dir=tmp_path, **{**flags, "init": str(run)}, **ranks)
-        fails(lambda args=args: dfd.main(args), "--init", "give both the same --lora-rank and --fake-lora-rank")
+        fails(lambda args=args: dfd.main(args), "does not fit", "give both the same --lora-rank and --fake-lora-rank")
     args = small_args(dfd, runs_dir=tmp_path, **{**flags, "init": str(run)}, **RANKS | {"lora_rank": 3})
     fails(lambda: dfd.main(args), "--init", "is (2,", "this teacher's (3,")
     weights = run / "checkpoints" / "step_0000001" / "student" / "transformer"

@@ -46,7 +46,7 @@ def test_nothing_but_the_teacher(teacher, tmp_path, capsys):
         assert "diversity" in table and "right" not in table
     out = capsys.readouterr().out
     assert f"starting from fake_score, student of {only_run(tmp_path, dmd2)}" in out
-    said = "was trained at --student-sigmas 1.0 0.9 0.757 0.522, and this run has 0.999 0.937 0.833 0.624"
+    said = "was trained with --student-sigmas 1.0 0.9 0.757 0.522, and this run has 0.999 0.937 0.833 0.624"
     assert said in out and out.index(said) < out.index("starting from"), (
         "DFD has its own, and says so before its samples"
     )

@@ -339,6 +339,12 @@ def test_scripts_without_it_say_so(script, fails, monkeypatch):
 def test_ode_init_checks_its_noise_levels(tmp_path, fails):
     args = with_recipe(ode_init.Args, ode_init.RECIPES, runs_dir=str(tmp_path), student_sigmas=(0.5, 0.9))
     fails(lambda: ode_init.main(args), "--student-sigmas must start at .99 to 1 and fall")
+    for lora in ("lora_rank", "fake_lora_rank"):
+        other = with_recipe(ode_init.Args, ode_init.RECIPES, runs_dir=str(tmp_path), **{lora: 2})
+        fails(lambda other=other: ode_init.main(other), "trained in full: leave out --lora-rank")
+    # flags of time and memory are those of the scripts
+    other = with_recipe(ode_init.Args, ode_init.RECIPES, runs_dir=str(tmp_path), attention="none such")
+    fails(lambda: ode_init.main(other), "--attention none such")
 
 
 def test_other_families_have_none(tmp_path, fails):

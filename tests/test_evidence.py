@@ -259,6 +259,7 @@ def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails
     words = evidence.description(script, args, 2)
     assert (run / "vanilla.py").is_file() and words[:3] == ["vanilla.py, 4 steps", "vanilla.py", "2 training steps"]
     fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
+    fails(lambda: vanilla.main(small_args(dmd2, frame_block=1)), "--frame-block", "leave it out")
 
 
 def test_what_a_run_starts_from_is_trained_before_it_and_rows_have_short_names(tmp_path, monkeypatch, fails):
@@ -310,6 +311,7 @@ def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
 
 def test_finetune_needs_a_student_and_clips(tmp_path, fails):
     fails(lambda: finetune.main(small_args(dfd)), "--init CHECKPOINT is missing", "dmd2.py")
+    fails(lambda: finetune.main(small_args(dfd, init="x", lora_rank=2)), "trained in full: leave out --lora-rank")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     flags = {"runs_dir": tmp_path, "init": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
     fails(lambda: finetune.main(small_args(dfd, **flags)), "clips", "--data")

@@ -19,7 +19,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
 from PIL import ExifTags, Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import codmd
 import common
@@ -29,13 +29,15 @@ import dmd2
 import eval_vbench
 import families.folders
 import phased_dmd
+from evaluation.sampling import Source, configuration
 from families.classes import FAMILIES
 from families.images import find_images, read_images, to_pil
 from families.latents import encode
 from families.presets import PRESETS, TINY_WORLD
-from harness.files import read_json, read_prompts
+from harness.files import Fatal, read_json, read_prompts
 from harness.finished import load_run, students_of
 from harness.media import read_video, write_mp4
+from harness.samples import samples_key
 from tests import small_teachers
 from tests.conftest import ROOT, on_ranks, only_run, same
 from tests.ranks import train_all
@@ -329,6 +331,7 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, prompts, tmp_
     small = next(n for n in SMALL if n == {"WanI2VExperts": "wan_i2v_experts", "Wan5BI2V": "wan_5b_i2v",
                                            "CosmosI2V": "cosmos_i2v"}.get(cls, file))  # fmt: skip
     folder = Path(small_teachers.write(small, folders).removesuffix(":i2v"))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")  # which an export's card takes over
 
     def snapshot_download(repository, revision, allow_patterns):
         assert f"{repository}{f'@{revision}' if revision else ''}" == PRESETS[name].source
@@ -342,7 +345,7 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, prompts, tmp_
     monkeypatch.setattr(families.folders, "snapshot_download", snapshot_download)
     args = args_of(dmd, small, folders, prompts, tmp_path / "runs", teacher=name, steps=1, preview_every=0)
     dmd.main(args)
-    assert "scheduler" not in [path.name for path in (tmp_path / "hub").iterdir()]
+    assert (tmp_path / "hub" / "README.md").is_file() and not (tmp_path / "hub" / "scheduler").exists()
     own = with_recipe(dmd.Args, dmd.RECIPES, teacher=name)
     assert (own.frames, own.height, own.width) == PRESETS[name].size
     with torch.device("meta"):  # its config is one of that class
@@ -395,6 +398,20 @@ def test_a_first_and_last_frame_teacher_is_one_line(folders, prompts, tmp_path, 
     fails(lambda: dmd.main(args), "a first and a last frame")
 
 
+def test_an_evaluation_knows_both_experts_of_its_teacher(folders, tmp_path):
+    ours = Path(small_teachers.write("wan_experts", folders))
+    other = shutil.copytree(ours, tmp_path / "other")
+    (path,) = (other / "transformer_2").glob("*.safetensors")
+    weights = load_file(path)
+    weights["proj_out.bias"] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    common.init_distributed()
+    args = with_recipe(dmd2.Args, dmd2.RECIPES, teacher="wan2.2-a14b")
+    models = [common.Model(str(folder), 9, 32, 32) for folder in (ours, other)]
+    first, second = (configuration(Source("teacher", dmd2, args, None, False), model) for model in models)
+    assert first.pop("checkpoint") != second.pop("checkpoint") and first == second
+
+
 # -------------------------------------------------------------------------------------------------------- images
 
 
@@ -407,7 +424,7 @@ def test_a_first_and_last_frame_teacher_is_one_line(folders, prompts, tmp_path, 
         ("wan_5b_i2v", {"prompts": str(ROOT / "prompts/prompts.txt")}, ["no image of prompt 4"]),
         ("wan_5b", {"images": str(ROOT / "prompts")}, ["--images goes with"]),
         ("qwen_image", {"frames": 9}, ["--frames must be 1"]),
-        ("wan", {"teacher": "wan:i2v"}, ["which does no image-to-video"]),
+        ("wan", {"teacher": "wan:i2v"}, ["which has one task: leave out :i2v"]),
     ],
 )
 def test_images_that_cannot_be(name, flags, words, folders, prompts, tmp_path, fails):
@@ -438,8 +455,30 @@ def test_pixels_of_other_kinds_of_images(tmp_path, fails):
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(clear)
     Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(opaque)
     fails(lambda: read_images([deep], 32, 32), str(deep), "more than 8 bits")
+    with pytest.raises(Fatal) as stop:
+        read_images([deep], 32, 32)
+    assert stop.value.alone, "of the ranks only that whose share it is reads it"
     assert read_images([clear], 32, 32).min() == 1
     assert read_images([opaque], 32, 32)[0, :, 0, 16, 16].tolist() == [1, 0, 0]
+
+
+def test_samples_of_the_teacher_are_those_of_their_first_frames_and_task(folders, prompts, tmp_path):
+    """What is cached for some images is not found for others, nor by the text-to-video of the same weights."""
+    keys = []
+    for name, colour in (("wan_5b_i2v", 0), ("wan_5b_i2v", 1), ("wan_5b", None)):
+        args = args_of(dmd2, name, folders, prompts, tmp_path)
+        if colour is not None:
+            args = dataclasses.replace(args, images=str(tmp_path / f"images_{colour}"))
+            Path(args.images).mkdir()
+            for line in range(1, len(read_prompts(args.prompts)) + 1):
+                to_pil(torch.full((3, 1, args.height, args.width), float(colour))).save(f"{args.images}/{line}.png")
+        common.init_distributed()
+        model = common.Model(args.teacher, args.frames, args.height, args.width)
+        (model.folder / "transformer" / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        for _ in range(2):
+            data = common.load_data(model, args.prompts, None, tmp_path / "cache", CPU, 0, args.images)
+            keys.append(samples_key(data, 4, 2, (2.0, 3.0, 2)))
+    assert keys[0::2] == keys[1::2] and len(set(keys)) == 3
 
 
 def test_images_are_cropped_in_the_middle_and_said_so(folders, prompts, tmp_path, fails, capsys):

@@ -129,11 +129,11 @@ def noised(x0, noise, sigma):
     return (1 - column(sigma)) * x0 + column(sigma) * noise
 
 
-def score_time(u, shift, end=0.0, top=1.0):
+def score_time(u, shift, end=0.0, top=1.0, ends=(0.02, 0.98)):
     """u uniform between those of the two levels, shifted, clamped: docs/phased_dmd.md."""
     low, high = (level / (shift - (shift - 1) * level) for level in (end, top))
     u = low + (high - low) * u
-    return (shift * u / (1 + (shift - 1) * u)).clamp(max(0.02, end), 0.98)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(max(ends[0], end), ends[1])
 
 
 class Network:
@@ -383,8 +383,9 @@ class PhasedDMD(Reference):
         return ends[self.phase(step)], ends[self.phase(step) + 1]
 
     def score_times(self, step, rng):
-        start, end = self.ends(step)
-        return score_time(rng.uniform(), self.args.shift, end, start if ablated(self.args, "disjoint_times") else 1.0)
+        floor = (self.args.score_ends or self.args.phase_ends)[self.phase(step)]
+        top = self.ends(step)[0] if ablated(self.args, "disjoint_times") else 1.0
+        return score_time(rng.uniform(), self.args.shift, floor, top, self.args.score_times)
 
     def levels(self, step):
         start, end = self.ends(step)
@@ -609,8 +610,8 @@ def test_codmd(tmp_path, monkeypatch, flags):
     [
         {"gan_weight": 0.7},
         {"student_input": "data"},
-        {"velocity_gradient": True, "ema_decay": 0.0},
-        {"naive_target": True, "disjoint_times": True},
+        {"velocity_gradient": True, "ema_decay": 0.0, "score_ends": (0.8, 0.1)},
+        {"naive_target": True, "disjoint_times": True, "score_ends": (0.85, 0.0), "score_times": (0.2, 0.9)},
         {"lora_rank": 2, "lora_alpha": 3.0, "anneal_lr": False},
     ],
     ids=["gan", "data", "eq. 10", "ablations", "lora"],

@@ -436,5 +436,10 @@ def test_bad_metadata(tmp_path, fails):
     ):
         table.write_text(text)
         fails(lambda: read_table(table), *words)
+    # a line separator of Unicode's is no end of a line of JSON, and a quoted line break none of CSV
+    table.write_text('{"path": "a.mp4", "text": "one\u2028two"}\n', encoding="utf-8")
+    assert read_table(table) == [("a.mp4", "one\u2028two")]
+    table.write_text('path,text\na.mp4,"one\ntwo"\n\n')
+    assert read_table(table) == [("a.mp4", "one\ntwo")]
     table.write_bytes(b"path,text\na.mp4,\xff\n")
     fails(lambda: read_table(table), "cannot read", "utf-8")

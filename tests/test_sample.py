@@ -219,6 +219,8 @@ MISTAKES = [
     ({"prompt": ("a",), "out": "full"}, "full is not empty: delete it, or give another folder with --out"),
     ({"prompt": ("a",), "out": "file"}, "it is no folder; see --out"),
     ({"prompt": ("a",), "cache": "file"}, "it is no folder; see --cache"),
+    ({"prompt": ("caf\udce9",)}, "--prompt is not UTF-8"),
+    ({"prompt": ("a",), "checkpoint": "copied"}, "copied is in no run's folder: say with --out and --cache"),
 ]
 
 
@@ -234,6 +236,8 @@ def test_a_mistake_is_one_line(run, tmp_path, fails, monkeypatch, flags, words):
     if flags.get("checkpoint") == "damaged":
         shutil.copytree(run, tmp_path / "damaged")
         next((tmp_path / "damaged").glob("checkpoints/*/student/transformer/config.json")).unlink()
+    if flags.get("checkpoint") == "copied":
+        shutil.copytree(next(run.glob("checkpoints/*")), tmp_path / "copied")
     monkeypatch.chdir(tmp_path)
     loaded = []
     for name in ("load_network", "load_vae"):

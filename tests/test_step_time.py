@@ -106,6 +106,7 @@ def test_a_row_and_mistakes(capsys, fails):
     step_time.main(dmd2, args_of(dmd2, warm_steps=1, timed_steps=2, markdown=True))
     row = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"\| CPU, 1 threads \| dmd2 \| tiny \|( [\d.]+ \| \d+% \|){2} [\d.]+ \|", row)
+    step_time.main(dmd2, args_of(dmd2, warm_steps=1, timed_steps=2, resume="a run"))  # its steps begin at 0
     fails(lambda: step_time.main(dmd2, args_of(dmd2, timed_steps=1)), "--timed-steps must be at least 2, got 1")
     fails(lambda: step_time.main(dmd2, args_of(dmd2, teacher="wan9.9")), "unknown teacher")
     fails(lambda: step_time.main(dmd2, args_of(dmd2, teacher="wan2.1-1.3b", frames=10)), "--frames")

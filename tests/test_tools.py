@@ -45,5 +45,8 @@ def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
     for other in ({"pair_steps": 3}, {"guidance_scale": 3.0}, {"seed": 1}, {"num_samples": 6}):
         fails(lambda other=other: make_pairs.main(out, small_args(**flags, **other)), "other settings")
+    (out / "key.txt").unlink()  # so nobody knows of what settings they are
+    fails(lambda: make_pairs.main(out, small_args(**flags)), "other settings")
+    assert not (out / "key.txt").exists()
     fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(**flags)), "is a file")
     dmd.main(small_args(runs_dir=str(tmp_path), pairs=str(out), steps=1))

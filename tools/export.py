@@ -32,7 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 import common  # noqa: E402
 from harness.checkpoints import save_weights  # noqa: E402
 from harness.files import Fatal, make_folder, readable_by_all  # noqa: E402
-from harness.finished import students_of  # noqa: E402
+from harness.finished import run_of, students_of  # noqa: E402
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(args):
     taken = [1.0] if student.pipeline == "QwenImagePipeline" else student.sigmas
     scheduler = nearest_scheduler(taken, renoise=student.sampler == "renoise")
     stock = not (student.why_not_stock or args.transformer_only)
-    note = student.checkpoint.parents[1] / "revision.txt"
+    note = (run_of(student.checkpoint) or student.checkpoint) / "revision.txt"
     about = {"license": args.license or license_of(student), "stock": stock}
     about["revision"] = note.read_text().strip() if note.is_file() else "unknown"
 

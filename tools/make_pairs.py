@@ -38,10 +38,10 @@ def main(out, args):
     # the folder says what its pairs are, so that others are not added to them
     key, note = str(samples_key(data, args.num_samples, args.batch_size, settings)), out / "key.txt"
     make_folder(out, hint="")
-    before = [note.read_text() if note.is_file() else key]
+    before = [note.read_text() if note.is_file() else "" if any(out.glob("*.safetensors")) else key]
     dist.broadcast_object_list(before)
     if before[0] != key:
-        raise Fatal(f"{out} holds pairs of other settings (teacher, prompts or flags): give another folder")
+        raise Fatal(f"{out} holds shards of other settings (teacher, prompts or flags): give another folder")
     if dist.get_rank() == 0:
         note.write_text(key)
 

@@ -8,7 +8,7 @@ a table of all. A clip is the first frames of a video at the teacher's frame rat
 them, scaled to cover height x width and cropped in the middle, encoded to the posterior's mode.
 
 A video that cannot be used is skipped, and skipped.txt beside the shards says why. Run it again after an interruption,
-or with other clips: it encodes those that no shard holds yet.
+or with more clips: it encodes those that no shard holds yet.
 """
 
 import secrets

@@ -10,7 +10,7 @@ The teacher's weights know nothing of a past that is all they see. Here each blo
 noise levels, is to become the pair's, with the pair's blocks before it as its past. What stands between noise and video
 is their straight line, not the teacher's curved path, of which a pair has the ends alone. No scores: the flags are
 dmd.py's, and those of what is not here do nothing (--fake-score-lr, --student-every, --score-times,
---regression-weight). The run folder is like a script's.
+--regression-weight). No LoRA: the student is trained in full. The run folder is like a script's.
 """
 
 import sys
@@ -33,6 +33,7 @@ import common  # noqa: E402
 import dmd  # noqa: E402
 import dmd2  # noqa: E402
 from dmd2 import add_noise, predict_x0, sample_student  # noqa: E402  (evidence.py and eval_vbench.py sample with it)
+from harness.files import Fatal  # noqa: E402
 from harness.preview import Preview  # noqa: E402
 from harness.run import Run  # noqa: E402
 from harness.samples import teacher_samples  # noqa: E402
@@ -68,8 +69,10 @@ def regression_loss(student, x_t, sigma, cond, x0):
 
 def main(args):
     # setup
+    if args.lora_rank or args.fake_lora_rank:
+        raise Fatal("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
     run = Run(__file__, args)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
     dmd2.check(SimpleNamespace(**vars(args), gan_weight=0.0, discriminator_blocks=()), model)  # no discriminator here
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)

@@ -33,7 +33,7 @@ from families.images import find_images, read_images, tell_cropped  # noqa: E402
 from families.presets import PRESETS  # noqa: E402
 from harness.checkpoints import check_checkpoint  # noqa: E402
 from harness.files import Fatal, make_folder, read_prompts, written_aside  # noqa: E402
-from harness.finished import load_run, student_folders, student_sampler, teacher_sampler  # noqa: E402
+from harness.finished import load_run, run_of, student_folders, student_sampler, teacher_sampler  # noqa: E402
 from harness.media import contact_sheet, moving_sheet, write_video  # noqa: E402
 
 SHOWN, HIGH = 12, 128  # prompts on the sheets, pixels of their clips
@@ -89,6 +89,8 @@ def check(args):
     prompts = read_prompts(args.prompts) if args.prompts else [prompt.strip() for prompt in args.prompt]
     if "" in prompts:
         raise Fatal("--prompt is empty: say what the video is to show")
+    if any("\udc80" <= c <= "\udcff" for c in "".join(prompts)):  # bytes that Python could not read
+        raise Fatal("--prompt is not UTF-8: see your terminal's encoding, or give --prompts FILE")
     if args.image and args.images:
         raise Fatal("--image is the first frame of all prompts, --images has one for each: leave one of them out")
     if args.images and not args.prompts:
@@ -138,10 +140,13 @@ def main(args):
     model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
     model.network_class(getattr(run_args, "frame_block", 0))  # one line if these frames are not whole blocks
     images = first_frames(args, model, len(prompts))
-    out = args.out or checkpoint.parents[1] / "samples"
+    run = run_of(checkpoint)
+    if not (run or (args.out and args.cache)):
+        raise Fatal(f"{checkpoint} is in no run's folder: say with --out and --cache where to write")
+    out = args.out or run / "samples"
     if out.is_dir() and any(out.iterdir()):
         raise Fatal(f"{out} is not empty: delete it, or give another folder with --out")
-    cache = args.cache or checkpoint.parents[2] / "cache"
+    cache = args.cache or run.parent / "cache"
     make_folder(out, hint="; see --out")
     make_folder(cache, hint="; see --cache")
 

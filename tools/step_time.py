@@ -175,7 +175,7 @@ def measured(script, args):
         for change in changes:
             stack.enter_context(mock.patch.object(*change))
         plain = {name: value for name, value in vars(args).items() if name in script.Args.__dataclass_fields__}
-        own = {"student_every": 2, "preview_every": 0, "runs_dir": folder, "init": None, "track": False}
+        own = {"student_every": 2, "preview_every": 0, "runs_dir": folder, "init": None, "resume": None, "track": False}
         # so many steps that all that run are of the first phase
         steps = 2 * wanted * len(getattr(args, "phase_ends", (0,)))
         script.main(script.Args(**{**plain, **own, "steps": steps}))

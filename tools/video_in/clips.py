@@ -101,8 +101,8 @@ def read_table(path):
 def read_rows(path):
     """[(line number, dict)] of a UTF-8 table: JSON objects, one a line, or CSV with a header (tabs or ; will do)."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
-        if not lines:
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        if lines == [""]:
             raise ValueError("it is empty")
         if lines[0].lstrip().startswith("["):
             raise ValueError("it is a JSON list; write one object per line")
@@ -110,7 +110,7 @@ def read_rows(path):
             rows = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
         else:
             delimiter = max(",;\t", key=lines[0].count)
-            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            reader = csv.DictReader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise Fatal(f"cannot read {path} as JSONL or CSV: {getattr(error, 'strerror', None) or error}") from None
