@@ -164,9 +164,11 @@ def read_prompt_list(args, teacher):
         if args.dims:
             raise Fatal("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
         prompts = common.read_prompts(args.prompts) if args.prompts else tiny.EXAMPLES
-        if len(set(prompts)) < len(prompts):
+        if (args.images or args.gen_prompts) and len(set(prompts)) < len(prompts):
             twice = max(prompts, key=prompts.count)
-            raise Fatal(f"{args.prompts} has {twice!r} twice, and files are named after prompts: see --samples")
+            raise Fatal(
+                f"{args.prompts} has {twice!r} twice: files are named after prompts, so each has one image or words"
+            )
         entries, list_id = [{"prompt": prompt, "dimensions": []} for prompt in prompts], None
     else:
         text, source = vbench.find_info(args.vbench_info, vbench_python(args))

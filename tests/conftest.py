@@ -36,11 +36,6 @@ PAIRS = {"num_samples": 4, "pair_steps": 2}  # dmd.py alone solves them on the t
 LONGEST = ("mains", "runs", "families", "phased_dmd", "adapters", "compute", "causal", "evidence", "cluster", "sample")
 
 
-def pytest_xdist_auto_num_workers():
-    """One more than cores: tests wait for the processes that they start."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that of xdist's workers none is left with one at the end."""
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}

@@ -585,8 +585,9 @@ def test_other_words_for_the_model(run, tmp_path, fails):
     long = args(run, tmp_path / "x", "generate", **flags, gen_prompts=str(tmp_path / "long.txt"))
     fails(lambda: eval_vbench.main(long), "3 lines, the list has 2 entries")
     (tmp_path / "twice.txt").write_text("a red circle\na blue square\na red circle\n")
-    twice = args(run, tmp_path / "x", "generate", samples=1, prompts=str(tmp_path / "twice.txt"))
-    fails(lambda: eval_vbench.main(twice), "has 'a red circle' twice, and files are named after prompts")
+    twice = {"prompts": str(tmp_path / "twice.txt"), "gen_prompts": str(tmp_path / "long.txt")}
+    twice = args(run, tmp_path / "x", "generate", samples=1, **twice)
+    fails(lambda: eval_vbench.main(twice), "has 'a red circle' twice: files are named after prompts")
     assert not (tmp_path / "x").exists()
     for name, fed in (("plain", None), ("fed", str(tmp_path / "fed.txt"))):
         eval_vbench.main(args(run, tmp_path / name, "generate", **flags, gen_prompts=fed))
