@@ -192,7 +192,8 @@ def write_pages(src):
 
 
 def main(args):
-    shutil.rmtree(args.work, ignore_errors=True)
+    for own in ("src", "site"):
+        shutil.rmtree(args.work / own, ignore_errors=True)
     write_pages(args.work / "src")
     shutil.copy(PARTS / "mkdocs.yml", args.work / "mkdocs.yml")
     words = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]

@@ -7,6 +7,7 @@ runs=${RUNS:-runs}/$SLURM_JOB_ID  # a job that is queued again keeps its number
 train=("$@" --runs-dir "$runs")
 if compgen -G "$runs/*/checkpoints/step_*[0-9]" > /dev/null; then train+=(--resume latest); fi
 
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not take from the job since Slurm 22.05
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${GPUS:-8}" \
   --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
@@ -14,12 +15,16 @@ srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${GPUS:-8}" \
 job=$!
 
 over=0
-trap 'over=1; kill -USR1 "$job"' USR1
+trap 'over=1; mkdir -p "$runs"; touch "$runs/.over"; kill -USR1 "$job"' USR1
 wait "$job"
 code=$?
 if [ "$over" = 1 ]; then
   wait "$job"  # the trap ended the first one
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+  code=$?
+  saved=$(find "$runs" -path '*/checkpoints/step_*/checkpoint.json' -newer "$runs/.over" | head -n 1)
+  if [ -n "$saved" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+  fi
 fi
 exit "$code"

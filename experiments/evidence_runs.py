@@ -39,7 +39,6 @@ RUNS = {
     "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
     "dmd_regression": ("dmd.py", "--steps 500 --shift 3 --regression-weight .25", None),  # the paper's weight
     "dmd_shift_1": ("dmd.py", "--steps 500", None),  # the recipe's shift
-    "dmd_recipe": ("dmd.py", "--steps 2000", None),  # and its steps
     "gan": ("dmd2.py", "--steps 500", None),
     "gan_x30": ("dmd2.py", "--steps 500 --gan-weight .1", None),
     "x2": ("dmd2.py", "--steps 1000 --gan-weight 0", None),
@@ -79,7 +78,7 @@ RUNS = {
 TABLES = {  # rows beside data and teacher, and what they are called
     "dmd2": {
         "untrained": "DMD2, untrained", "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25",
-        "dmd_shift_1": "DMD, shift 1", "dmd_recipe": "DMD, shift 1, 4 times as long", "dmd2": "DMD2",
+        "dmd_shift_1": "DMD, shift 1", "dmd2": "DMD2",
         "gan": "DMD2 + GAN", "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "x6": "DMD2, six times as long",
         "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4", "guidance_8": "DMD2, guidance 8",
     },

@@ -29,6 +29,8 @@ STUDENTS, FAKE_SCORES = ("generator_ema", "generator", "ema", "net", "model"), (
 # what wraps a module's name, anywhere in a key, and what a key may begin with
 WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 OUTER = re.compile(r"^(?:(?:model|diffusion_model|transformer|net)\.)+")
+# how names in a LoRA's file end
+LORA_ENDS = (*(f".lora_{half}.weight" for half in ("A", "B", "down", "up")), ".alpha", ".diff", ".diff_b", ".diff_m")
 FULL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -162,7 +164,7 @@ def lora_of(path, weights, network):
     """What a LoRA's file changes, or one line: (lora, metadata, added), by diffusers' names.
 
     metadata: what diffusers wrote beside it, its alpha above all, or None; added: {name: difference of a parameter},
-    "diff" and "diff_b" in files made for ComfyUI, most of which diffusers leaves out.
+    "diff", "diff_b" and "diff_m" in files made for ComfyUI, most of which diffusers leaves out.
     """
     metadata = None
     if path.suffix == ".safetensors":
@@ -172,13 +174,18 @@ def lora_of(path, weights, network):
     weights = {key.replace(".default.", "."): value for key, value in weights.items()}
     if any(".self_attn." in key for key in weights):  # Wan's names, as ComfyUI has them
         weights = {f"diffusion_model.{OUTER.sub('', key)}": value for key, value in weights.items()}
-    differences = {key: value for key, value in weights.items() if key.endswith((".diff", ".diff_b"))}
+    for key in weights:  # diffusers' converter leaves out what it does not know
+        lone = key.endswith(".alpha") and not any(k.startswith(f"{key.removesuffix('.alpha')}.lora_") for k in weights)
+        if lone or not key.endswith(LORA_ENDS):
+            raise Fatal(f"--init: the LoRA in {path} does not fit: {key} is unknown")
+    differences = {key: value for key, value in weights.items() if key.endswith((".diff", ".diff_b", ".diff_m"))}
     try:
         lora = WanPipeline.lora_state_dict({k: v for k, v in weights.items() if k not in differences})
     except Exception as error:  # its converters take out what they expect, and raise whatever comes of that
         reason = str(error).partition("original_state_dict.keys()=")[2][:100] or repr(error)[:100]
         raise Fatal(f"--init: diffusers cannot convert the LoRA in {path}: {reason}") from None
-    added = {key.replace(".diff_b", ".bias").replace(".diff", ".weight"): value for key, value in differences.items()}
+    ends = {".diff_m": ".modulation", ".diff_b": ".bias", ".diff": ".weight"}
+    added = {key[: key.rindex(".")] + ends[key[key.rindex(".") :]]: value for key, value in differences.items()}
     added = convert_wan_transformer_to_diffusers({OUTER.sub("", key): value for key, value in added.items()})
     lora = {f"transformer.{OUTER.sub('', key)}": value for key, value in lora.items()}
     unfit = lambda reason: Fatal(f"--init: the LoRA in {path} does not fit: {reason}")

@@ -254,6 +254,27 @@ def test_memory_of_recomputed_blocks_and_of_shards(capsys, fails):
     fails(lambda: printed("weights", shard_size=3), "--shard-size must divide the 8 GPUs, got 3")
 
 
+def test_memory_of_a_causal_students_past(capsys):
+    """Seven blocks of 4,680 tokens; block k reads 2 x 1,536 bf16 numbers of each token before it in 30 layers."""
+    for batch_size in (1, 2):
+        flags = {"gan_weight": 0.0, "frame_block": 3, "batch_size": batch_size}
+        costs(dmd2, teacher="wan2.1-1.3b", gpus=8, **flags)
+        gib = float(capsys.readouterr().out.split("  past of the blocks ")[1].split()[0])
+        by_hand = sum(30 * 2 * 1536 * 2 * 4680 * before for before in range(7))
+        assert gib * 1024**3 == pytest.approx(batch_size * by_hand, rel=1e-3)
+
+
+def test_two_experts_are_one_student_and_meet_where_they_do(capsys, fails):
+    costs(phased_dmd, teacher="wan2.2-a14b")
+    disk = float(capsys.readouterr().out.split("disk ")[1].split()[0])
+    args = with_recipe(cost.args_of(phased_dmd), phased_dmd.RECIPES, teacher="wan2.2-a14b")
+    run = cost.figures(phased_dmd, args)
+    held = 4 * sum(run.loras.get(role, run.parameters) for role in ("student", "fake_score", "expert_0"))
+    held += 8 * (run.loras["student"] + run.parameters)
+    assert disk * 1024**3 == pytest.approx(held + 4 * run.parameters, rel=1e-2)  # an expert of each phase
+    fails(lambda: costs(phased_dmd, teacher="wan2.2-a14b", phase_ends=(0.625, 0.0)), "experts meet at 0.875")
+
+
 def test_the_tables_name_every_teacher_and_the_flags_that_fit(capsys, monkeypatch):
     monkeypatch.setattr(cost, "PRESETS", {name: cost.PRESETS[name] for name in ("wan2.1-1.3b", "wan2.1-14b")})
     cost.table()

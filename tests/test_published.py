@@ -249,6 +249,7 @@ def test_differences_beside_a_lora_are_added(tmp_path):
     """Distilled LoRAs for ComfyUI move norms, biases and the first convolution too, which diffusers would leave out."""
     in_comfyui(tmp_path / "lora.safetensors")
     moves = {"blocks.0.norm2.weight": "diff", "blocks.0.norm2.bias": "diff_b", "blocks.1.attn1.norm_q.weight": "diff"}
+    moves |= {"blocks.2.scale_shift_table": "diff_m", "scale_shift_table": "diff_m"}
     moves |= {"blocks.3.ffn.net.2.bias": "diff_b", "patch_embedding.weight": "diff", "proj_out.bias": "diff_b"}
     wanted, weights = with_lora(0.5), load_file(tmp_path / "lora.safetensors")
     for i, (key, ending) in enumerate(moves.items()):
@@ -256,6 +257,14 @@ def test_differences_beside_a_lora_are_added(tmp_path):
         wanted[key] = wanted[key] + (i + 1)
     save_file(weights, tmp_path / "more.safetensors")
     assert same(filled(tmp_path / "more.safetensors")["student"], wanted)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.self_attn.q.dora_scale", "time_projection.1.alpha", "nonsense.different"])
+def test_what_diffusers_would_leave_out_of_a_lora_is_one_line(tmp_path, fails, name):
+    in_comfyui(tmp_path / "lora.safetensors")
+    weights = load_file(tmp_path / "lora.safetensors") | {f"diffusion_model.{name}": torch.ones(1)}
+    save_file(weights, tmp_path / "more.safetensors")
+    fails(lambda: filled(tmp_path / "more.safetensors"), "does not fit", f"{name} is unknown")
 
 
 def test_it_is_what_the_stock_pipeline_makes_of_a_lora(tmp_path):

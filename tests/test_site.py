@@ -18,7 +18,10 @@ NETWORK = ("http", "https", "mailto")
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
+    (folder / "work").mkdir()
+    (folder / "work" / "a_users.txt").touch()
     site.main(site.Args(out=folder / "site", work=folder / "work"))
+    assert (folder / "work" / "a_users.txt").exists(), "only what it made itself is deleted"
     return folder / "site"
 
 

@@ -351,6 +351,12 @@ def test_interrupted_training_is_the_same_training(tmp_path, monkeypatch):
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
+    """And nothing of the user's is replaced."""
+    (tmp_path / "teacher").symlink_to(TEACHER)
+    notes = [tmp_path / name / "notes.txt" for name in ("mine", "teacher_i2v")]
+    for path in notes:
+        path.parent.mkdir()
+        path.touch()
     for bad in (
         {"steps": 0},
         {"clips": 100},
@@ -359,11 +365,16 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         {"stage": "image-to-video", "out": tmp_path},
         {"guidance_scale": math.nan},
         {"stage": "vae", "work": Path("/dev/full/work")},
+        {"stage": "all", "work": tmp_path / "work", "out": tmp_path / "mine"},
+        {"stage": "all", "work": tmp_path / "work", "out": tmp_path / "mine" / "notes.txt" / "teacher"},
+        {"stage": "all", "work": tmp_path / "new" / "work", "out": tmp_path / "new"},
+        {"stage": "image-to-video", "work": tmp_path / "work", "out": tmp_path / "teacher"},
     ):
         with pytest.raises(SystemExit) as stop:
             train.main(train.Args(**bad))
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+    assert all(path.exists() for path in notes)
 
 
 def test_posterior_mean_is_bayes_rule_and_the_mean_of_the_clips_behind_x_t():
@@ -458,7 +469,7 @@ def test_stock_pipeline_goes_on_from_an_image():
     assert (read["speed"] > 0.3).all() and (read["coherence"] < 0.5).all()
 
 
-def test_image_to_video_stage_writes_a_teacher(tmp_path):
+def test_image_to_video_stage_writes_a_teacher(tmp_path, capsys):
     """Two updates from the shipped weights; beside the transformer the folder holds links."""
     shutil.copytree(TEACHER, tmp_path / "teacher")
     where = {"out": tmp_path / "teacher", "work": tmp_path / "work"}
@@ -469,6 +480,15 @@ def test_image_to_video_stage_writes_a_teacher(tmp_path):
     assert network.keys() == before.keys()
     assert any(not torch.equal(network[key], before[key]) for key in before)
     assert load_file(model.folder / "vae" / WEIGHTS).keys() == load_file(TEACHER / "vae" / WEIGHTS).keys()
+    # of a finished snapshot it is written again; of other flags none is taken up
+    shutil.rmtree(model.folder)
+    again = {"stage": "image-to-video", "clips": 2048, "i2v_steps": 2, "compile": False, "threads": 1, **where}
+    train.main(train.Args(**again))
+    written = load_file(tmp_path / "teacher_i2v" / "transformer" / WEIGHTS)
+    assert all(torch.equal(written[key], network[key]) for key in network)
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.Args(**again, lr=1e-3))
+    assert stop.value.code == 2 and "i2v.safetensors was made with --lr 0.002" in capsys.readouterr().err
 
 
 def test_a_cut_teacher_is_one_line(tmp_path, capsys):

@@ -101,11 +101,18 @@ def check(args):
         problem = f"no VAE in {args.work / 'vae'}: run --stage vae first"
     if args.stage in ("report", "image-to-video") and not (args.out / "model_index.json").exists():
         problem = f"no teacher in {args.out}: run --stage all first"
+    i2v = args.stage == "image-to-video"
+    out = args.out.with_name(f"{args.out.name}_i2v") if i2v else args.out  # which a stage writes anew as a whole
+    if args.stage in ("all", "teacher", "image-to-video"):
+        if out.exists() and not (out / "model_index.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+            problem = f"--out: {out} is there and no teacher, and would be replaced: give another folder"
+        if args.work.resolve().is_relative_to(out.resolve()):
+            problem = f"--out: {out} would be replaced with --work in it: give another folder"
     try:  # before hours of training, not at the first snapshot
-        if args.stage in ("all", "vae", "teacher", "image-to-video"):
-            args.work.mkdir(parents=True, exist_ok=True)
+        for folder in (args.work, args.out.parent) if args.stage != "report" and not problem else ():
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot write --work {args.work}: {error.strerror}"
+        problem = f"cannot write --{'work' if folder == args.work else 'out'} {folder}: {error.strerror}"
     if not problem and args.stage in ("report", "image-to-video"):
         try:
             WanPipeline.from_pretrained(args.out)

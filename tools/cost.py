@@ -143,9 +143,11 @@ def describe(teacher, frames, height, width):
         config = dict(family.transformer_class.from_config(preset.config).config)
     vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
     shape, patch = family.shapes(config, vae, frames, height, width)
+    conditions = family.conditions(config, shape)
+    index = {"boundary_ratio": 0.9 if conditions else 0.875} if len(family.parts) > 1 else {}  # Wan 2.2 A14B's
     model = Shapes(
         name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
-        text_length=512, text_dim=config[family.text_dim], conditions=family.conditions(config, shape), index={},
+        text_length=512, text_dim=config[family.text_dim], conditions=conditions, index=index,
     )  # fmt: skip
     model.network_class = partial(common.Model.network_class, model)
     return model
@@ -227,9 +229,13 @@ def figures(script, args):
         "one unsharded block": 2 * 2 * block,
         "activations": method.graphs * args.batch_size * activations,
     }
+    if causal := getattr(args, "frame_block", 0):  # keys and values of each block's past, which its backward needs
+        before = tokens * (model.latent_shape[1] / causal - 1) / 2
+        memory["past of the blocks"] = args.batch_size * blocks * 2 * network.width * 2 * before
     total = sum(memory.values())
-    # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase
-    disk = 4 * sum(loras.get(role, parameters) for role in roles) + 8 * updated + 4 * parameters * (1 + method.experts)
+    # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase or one of two experts
+    students = 1 if len(model.family.parts) > 1 else 1 + method.experts
+    disk = 4 * sum(loras.get(role, parameters) for role in roles) + 8 * updated + 4 * parameters * students
 
     # work
     samples = args.batch_size * args.grad_accum * gpus

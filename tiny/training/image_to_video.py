@@ -11,8 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, 
 from einops import rearrange
 
 from tiny import world
-from tiny.training.optim import Muon, generator, load_state, save_state, trapezoid_lr
-from tiny.training.teacher import Clips, PaddedText, padding_bias, text_table
+from tiny.training.optim import Muon, flags_of, generator, load_state, save_state, trapezoid_lr
+from tiny.training.teacher import FLAGS, Clips, PaddedText, padding_bias, text_table
 
 
 def save_image_to_video(args, transformer):
@@ -58,8 +58,8 @@ def train_image_to_video(args):
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen, lr = set(matrices), args.lr / 2
     optimizer = Muon(matrices, [p for p in params if p not in chosen], lr)
-    snapshot = args.work / "i2v.safetensors"
-    start = load_state(snapshot, modules, optimizer)
+    snapshot, flags = args.work / "i2v.safetensors", flags_of(args, "i2v_steps", *FLAGS)
+    start = load_state(snapshot, modules, optimizer, flags)
     velocity = torch.compile(transformer) if args.compile else transformer
     begin, average = time.time(), 1.0
 
@@ -96,5 +96,7 @@ def train_image_to_video(args):
             rate = (time.time() - begin) / (step - start + 1)
             print(f"image to video {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.i2v_steps:
-            save_state(snapshot, step + 1, modules, optimizer)
+            save_state(snapshot, step + 1, modules, optimizer, flags)
             save_image_to_video(args, ema)
+    if start >= args.i2v_steps:  # of a finished snapshot, perhaps into another folder
+        save_image_to_video(args, ema)

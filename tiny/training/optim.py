@@ -1,7 +1,9 @@
 """What an update needs, whatever is trained: its learning rate, its random generator, the optimizer, and snapshots."""
 
+import json
 import math
 import os
+import sys
 
 import torch
 from safetensors import safe_open
@@ -25,23 +27,34 @@ def generator(*key):
     return g
 
 
-def save_state(path, step, modules, optimizer):
+def flags_of(args, *names):
+    """What decides the result of a stage: these flags, and the seed."""
+    return {name: getattr(args, name) for name in ("seed", *names)}
+
+
+def save_state(path, step, modules, optimizer, flags):
     """Snapshot of a dict of modules and the optimizer's state, written aside and then renamed."""
     tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.tmp", metadata={"step": str(step)})
+    save_file(tensors, f"{path}.tmp", metadata={"step": str(step), "flags": json.dumps(flags)})
     os.replace(f"{path}.tmp", path)
 
 
-def load_state(path, modules, optimizer):
-    """Load the snapshot in place, if there is one; returns the number of steps that it holds."""
+def load_state(path, modules, optimizer, flags):
+    """Load the snapshot in place, if there is one; returns the number of steps that it holds. Exits with one line if it
+    was made with other flags, a dict of those that decide what is trained.
+    """
     if not path.exists():
         return 0
     with safe_open(path, "pt") as f:
         step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}
+        before = json.loads(f.metadata().get("flags", json.dumps(flags)))
+    if other := [f"--{name.replace('_', '-')} {before[name]}" for name in flags if before[name] != flags[name]]:
+        print(f"tiny/train.py: {path} was made with {', '.join(other)}: give another --work", file=sys.stderr)
+        sys.exit(2)
     for name, module in modules.items():
         module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
     state = {}

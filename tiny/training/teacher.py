@@ -6,6 +6,7 @@ import shutil
 import time
 from copy import deepcopy
 from functools import cached_property
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tiny import world
-from tiny.training.optim import Muon, generator, load_state, save_state, trapezoid_lr
+from tiny.training.optim import Muon, flags_of, generator, load_state, save_state, trapezoid_lr
 from tiny.training.vae import normalised
 
 TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 6 tokens
+# flags that decide what is trained, for the snapshot, beside the number of steps
+FLAGS = ("clips", "batch", "lr", "train_shift", "dropout", "ema_decay")
 STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
 
 
@@ -108,8 +111,9 @@ def cached_latents(args, vae, name):
     """
     args.work.mkdir(parents=True, exist_ok=True)
     size, chunks = 2048, []
+    key = blake2b(b"".join(x.detach().numpy().tobytes() for x in vae.state_dict().values()), digest_size=4).hexdigest()
     for first in range(0, args.clips, size):
-        path = args.work / f"{name}-{args.seed + 2}-{first}.safetensors"
+        path = args.work / f"{name}-{args.seed + 2}-{key}-{first}.safetensors"
         if not path.exists():
             latents = []
             for i in range(first, first + size, 64):
@@ -203,8 +207,8 @@ def train_teacher(args):
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = set(matrices)
     optimizer = Muon(matrices, [p for p in params if p not in chosen], args.lr)
-    snapshot = args.work / "teacher.safetensors"
-    start = load_state(snapshot, modules, optimizer)
+    snapshot, flags = args.work / "teacher.safetensors", flags_of(args, "steps", *FLAGS)
+    start = load_state(snapshot, modules, optimizer, flags)
     velocity = torch.compile(transformer) if args.compile else transformer
     begin, average = time.time(), 1.0
 
@@ -243,5 +247,7 @@ def train_teacher(args):
             rate = (time.time() - begin) / (step - start + 1)
             print(f"teacher {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(snapshot, step + 1, modules, optimizer)
+            save_state(snapshot, step + 1, modules, optimizer, flags)
             save_teacher(args, ema, ema_text)
+    if start >= args.steps:  # of a finished snapshot, perhaps into another folder
+        save_teacher(args, ema, ema_text)

@@ -11,7 +11,10 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan_vae
 from einops import rearrange
 
 from tiny import world
-from tiny.training.optim import Muon, cosine_lr, generator, load_state, save_state
+from tiny.training.optim import Muon, cosine_lr, flags_of, generator, load_state, save_state
+
+# flags that decide what is trained, for the snapshots
+FLAGS = ("vae_steps", "decoder_steps", "vae_batch", "vae_lr", "kl_weight")
 
 
 def build_vae():
@@ -114,8 +117,8 @@ def train_vae(args, name, params, vae, first, steps, lr, extra_noise=0.0, world=
     """Train `params` of the VAE, in place, for `steps` updates on the world's clips from index `first` on."""
     matrices = [p for p in params if p.ndim > 1]
     optimizer = Muon(matrices, [p for p in params if p.ndim == 1], lr)
-    snapshot = args.work / f"{name}.safetensors"
-    start = load_state(snapshot, {"vae": vae}, optimizer)
+    snapshot, flags = args.work / f"{name}.safetensors", flags_of(args, *FLAGS)
+    start = load_state(snapshot, {"vae": vae}, optimizer, flags)
     begin, average = time.time(), None
     for step in range(start, steps):
         videos, _ = world.batch(args.seed, range(first + step * args.vae_batch, first + (step + 1) * args.vae_batch))
@@ -132,7 +135,7 @@ def train_vae(args, name, params, vae, first, steps, lr, extra_noise=0.0, world=
             figures = f"loss {loss.item():.4f} KL {kl.item():.2f} PSNR {psnr:.1f}"
             print(f"{name} {step}: {figures} ({rate:.2f} s/step)", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            save_state(snapshot, step + 1, {"vae": vae}, optimizer)
+            save_state(snapshot, step + 1, {"vae": vae}, optimizer, flags)
 
 
 def vae_stage(args, world=world):

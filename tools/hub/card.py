@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from families.presets import TINY_WORLD, name_of
+from families.presets import TINY_WORLD
 from tools.hub.levels import EXACT, distance, made_by
 from tools.hub.student import SERVED_BY
 
@@ -46,7 +46,7 @@ def script_name(student):
 
 def license_of(student):
     """The license in the teacher's own card, where its folder has one; else "other"."""
-    if name_of(student.args.teacher) in TINY_WORLD:
+    if student.args.teacher in TINY_WORLD:
         return "apache-2.0"  # this repository's
     card = student.model.folder / "README.md"
     lines = card.read_text(errors="replace").split("\n---")[0].splitlines() if card.is_file() else []
@@ -104,7 +104,7 @@ def snippet(student, scheduler, name, lora):
     lines += ["import torch"] + [f"from diffusers import {', '.join(sorted(names))}"]
     lines += [f"from diffusers.utils import {', '.join(utils)}", ""] if utils else [""]
     if lora:
-        tiny = student.model.folder.name if student.model.world else None
+        tiny = student.model.folder.name if student.args.teacher in TINY_WORLD else None
         base, revision = student.base or (f"tiny/{tiny}" if tiny else "FOLDER_OF_THE_TEACHER"), student.revision
         more = f', revision="{revision}"' if revision else ""
         if two and len(student.model.family.parts) == 1:  # a LoRA of each phase on the same weights
@@ -168,7 +168,7 @@ def model_card(student, scheduler, name, license, revision, stock, lora=(), told
     averaged = "the student itself" if student.raw or not args.ema_decay else f"average of decay {args.ema_decay}"
     rows = {
         "method": student.script.__doc__.splitlines()[0],
-        "teacher": student.base or Path(name_of(args.teacher)).name,
+        "teacher": student.base or Path(args.teacher).name,
         "trained by": f"{script_name(student)}.py, {student.step} steps, commit {revision}",
         "weights": averaged + (f", as a LoRA: {', '.join(lora)}" if lora else ""),
         "sampler": NAMES[student.sampler],

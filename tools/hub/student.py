@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import common
-from families.presets import PRESETS, TINY_WORLD, name_of
+from families.presets import PRESETS, TINY_WORLD
 from harness.checkpoints import check_checkpoint
 from harness.files import Fatal, read_json
 from harness.finished import load_run, noise_levels, student_folders
@@ -86,7 +86,7 @@ class Student:
         return self.hub()[2]
 
     def hub(self):
-        name = name_of(self.args.teacher)
+        name = self.args.teacher  # of a folder nobody knows whether its weights are a repository's
         return (PRESETS[name].source if name in PRESETS and name not in TINY_WORLD else "").partition("@")
 
     def source(self, folder):
