@@ -75,7 +75,7 @@ class Args:
     frames: int | None = None
     """Frames of the video; a causal student (--frame-block) can make more than it was trained with."""
     kept_frames: Annotated[int, Ge(0)] = 0
-    """Latent frames before a block that a causal student reads, the last ones; 0 for all. For longer videos: those of
+    """Latent frames before a block that a causal student reads, in whole blocks; 0 for all. For longer videos: those of
     training, less a block."""
     height: int | None = None
     """Height in pixels."""

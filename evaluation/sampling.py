@@ -31,7 +31,7 @@ class Source:
     raw: bool
     """The student itself, not its average."""
     kept_frames: int = 0
-    """Latent frames before a block that a causal student reads; 0 for all."""
+    """Latent frames before a block that a causal student reads, in whole blocks; 0 for all."""
 
 
 class Noise:

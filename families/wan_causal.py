@@ -13,8 +13,8 @@ from families.wan import Wan
 
 
 class Angles(tuple):
-    """(cos, sin) [tokens, d] of a call's frames, and what its layers need beside them: `past`, a pair of keys and
-    values [b, tokens, heads, d] a layer, and `new`, a list that takes this call's, or None.
+    """(cos, sin) [tokens, d] of a call's frames, and what its layers need beside them: `past`, for each layer the pairs
+    of keys and values [b, tokens, heads, d] of the blocks before, and `new`, a list that takes this call's, or None.
 
     They travel as an argument of the blocks: kept on a module, a block that gradient checkpointing computes again would
     read a longer past than the first time.
@@ -53,17 +53,17 @@ class CausalAttention(WanAttnProcessor):
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         query, key = rotated(query, rotary_emb), rotated(key, rotary_emb)
-        if rotary_emb.past:
-            key, value = (torch.cat(pair, dim=1) for pair in zip(rotary_emb.past[self.layer], (key, value)))
         if rotary_emb.new is not None:
             rotary_emb.new.append((key, value))
+        if rotary_emb.past:  # joined here, so that all blocks share what a backward keeps of the past
+            key, value = (torch.cat(parts, dim=1) for parts in zip(*rotary_emb.past[self.layer], (key, value)))
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
 
 class CausalWan(Wan):
     frame_block = 3  # latent frames a block
-    kept_frames = 0  # latent frames before a block that it reads; 0 for all
+    kept_frames = 0  # latent frames before a block that it reads, in whole blocks; 0 for all
 
     def __init__(self, transformer, index=None):
         super().__init__(transformer)
@@ -86,7 +86,8 @@ class CausalWan(Wan):
         rope.new = []
         try:
             self(x0, x0.new_zeros(len(x0)), cond)
-            kept = self.kept_frames * (x0.shape[3] // rope.patch_size[1]) * (x0.shape[4] // rope.patch_size[2])
-            rope.past, rope.start = [tuple(x[:, -kept:] for x in pair) for pair in rope.new], rope.start + f
+            past, blocks = rope.past or [()] * len(rope.new), -(-self.kept_frames // self.frame_block)
+            rope.past = [(*before, own)[-blocks:] for before, own in zip(past, rope.new)]
+            rope.start += f
         finally:
             rope.new = None

@@ -103,7 +103,7 @@ def test_kept_frames_are_the_last_ones(cond):
         for x_t, x0 in zip(network.in_turn(noisy[:, :, :4]), [first, *clean[:, :, 1:4].split(1, 2)], strict=True):
             out = network(x_t, sigma, cond)
             network.remember(x0, cond)
-        return out, [key.shape[1] for key, _ in network.transformer.rope.past]
+        return out, [sum(key.shape[1] for key, _ in blocks) for blocks in network.transformer.rope.past]
 
     first, other = clean[:, :, :1], noisy[:, :, 8:]
     every, tokens = third(0, first)
@@ -115,7 +115,6 @@ def test_kept_frames_are_the_last_ones(cond):
     network = causal(1, dtype=torch.float64)
     x_t, *_ = network.in_turn(noisy[:, :, :2])
     network.remember(clean[:, :, 2:3], cond)
-    network.transformer.rope.past = [(k, v) for k, v in network.transformer.rope.past]
     early = network(noisy[:, :, 3:4], sigma, cond)
     network.transformer.rope.start = 1
     late = causal(1, dtype=torch.float64)
@@ -148,6 +147,8 @@ def test_the_gradient_is_that_of_the_exit_steps(cond, monkeypatch):
     network.velocity = velocity
     video = rollout(network, cond)
     assert len(held) == 3 and video.shape == (2, *SHAPE)
+    (second, third) = (past for *_, past in held[1:])
+    assert len(third[0]) == 2 and third[0][0][0] is second[0][0][0], "what a backward keeps of the past is kept once"
     (video * weight).sum().backward()
     generator = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in network.parameters()]
@@ -221,7 +222,7 @@ def test_scripts_train_resume_and_export_it(script, tmp_path):
     with torch.no_grad():
         video = own.sample_student([student], common.Draws(0, "long", [0], CPU), text, shape, own_args)
     assert video.shape == (1, *shape) and video.isfinite().all()
-    assert student.transformer.rope.past[0][0].shape[1] == 4 * 16
+    assert sum(key.shape[1] for key, _ in student.transformer.rope.past[0]) == 4 * 16
     WanPipeline.from_pretrained(model.folder, transformer=WanTransformer3DModel.from_pretrained(
         checkpoint / "student" / "transformer"))  # fmt: skip
 

@@ -229,9 +229,12 @@ def figures(script, args):
         "one unsharded block": 2 * 2 * block,
         "activations": method.graphs * args.batch_size * activations,
     }
-    if causal := getattr(args, "frame_block", 0):  # keys and values of each block's past, which its backward needs
-        before = tokens * (model.latent_shape[1] / causal - 1) / 2
-        memory["past of the blocks"] = args.batch_size * blocks * 2 * network.width * 2 * before
+    if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
+        turns = model.latent_shape[1] / causal
+        kept = (
+            blocks * (turns - 1) / turns + (blocks - again) * (turns - 1) / 2
+        )  # once, and joined where not recomputed
+        memory["past of the blocks"] = args.batch_size * 2 * 2 * network.width * tokens * kept
     total = sum(memory.values())
     # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase or one of two experts
     students = 1 if len(model.family.parts) > 1 else 1 + method.experts

@@ -63,7 +63,7 @@ class Args:
     frames: Annotated[int | None, Ge(1)] = None
     """Frames of the video instead of the run's; a causal student (--frame-block) can make more."""
     kept_frames: Annotated[int, Ge(0)] = 0
-    """Latent frames before a block that a causal student reads, the last ones; 0 for all. For longer videos: those of
+    """Latent frames before a block that a causal student reads, in whole blocks; 0 for all. For longer videos: those of
     training, less a block."""
     height: Annotated[int | None, Ge(1)] = None
     """Height in pixels instead of the run's."""
