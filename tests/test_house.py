@@ -34,7 +34,7 @@ LONGEST = {
 # what a user starts, beside the scripts: these, and what stands in these rooms itself; all else is a library
 PROGRAMS = {"eval_vbench", "tiny.train", "prompts.compose", "docs.diffs", "docs.links", "docs.site"}
 PROGRAM_ROOMS = ("tools", "experiments")
-FAMILY, READ, REACHED = 110, 870, 2290  # 1,400 is wanted, see issue 16
+FAMILY, READ, REACHED = 110, 870, 2288  # 1,400 is wanted, see issue 16
 NO_FAMILY = {"adapters", "classes", "compute", "folders", "images", "latents", "presets", "text"}
 
 
