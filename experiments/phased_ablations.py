@@ -60,9 +60,12 @@ def main(args):
         return x_s, x0
 
     def kept_sigma(rng, shift, floor, *score_times):
-        own = sigma_below(rng, shift, floor, starts[last["end"]], *score_times) if args.disjoint_times else None
-        last["sigma"] = sample_sigma(rng, shift, floor, *score_times) if own is None else own
-        return last["sigma"]
+        if args.disjoint_times:
+            sigma = sigma_below(rng, shift, floor, starts[last["end"]], *score_times)
+        else:
+            sigma = sample_sigma(rng, shift, floor, *score_times)
+        last["sigma"] = sigma
+        return sigma
 
     phased_dmd.rollout, phased_dmd.sample_sigma = kept_rollout, kept_sigma
     if args.naive_target:

@@ -13,9 +13,11 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -93,9 +95,15 @@ def one_program(path, words, folder, out):
     runpy.run_path(str(path), run_name="__main__")
 
 
-def train_all(runs):
-    """Runs of any of the scripts, [(name, args), …], one after the other in one group."""
+def adam_eps(eps):
+    """In this block scripts make their optimizers with that eps."""
+    return mock.patch.object(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=eps))
+
+
+def train_all(runs, eps=1e-8):
+    """Runs of any of the scripts, [(name, args), …], one after the other in one group; eps: Adam's."""
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the next run goes on with it
-    for name, args in runs:
-        SCRIPTS[name].main(args)
+    with adam_eps(eps):
+        for name, args in runs:
+            SCRIPTS[name].main(args)
     leave()

@@ -229,15 +229,16 @@ def test_scripts_train_resume_and_export_it(script, tmp_path):
 
 def test_two_ranks_are_one(tmp_path):
     runs = []
-    for script in (dmd2, codmd):
-        more = {"relation_weight": 1.0, "sample_relation": 1.0} if script is codmd else {}
+    for script in (dmd2, dfd, codmd):
+        more = {"init": None} if script is dfd else {}
+        more |= {"relation_weight": 1.0, "sample_relation": 1.0} if script is codmd else {}
         flags = {"steps": 3, "save_every": 3, "preview_every": 0, "gradient_checkpointing": 1, **FLAGS, **more}
         flags["student_every"] = 1
         script.main(small_args(script, runs_dir=tmp_path / "one", batch_size=2, **flags))
         runs.append((script.__name__, small_args(script, runs_dir=tmp_path / "two", batch_size=1, **flags)))
     on_ranks(2, train_all, runs, folders={args.runs_dir for _, args in runs})
     start = load_file(Path(common.teacher_folder("tiny")) / "transformer" / "diffusion_pytorch_model.safetensors")
-    for script in (dmd2, codmd):
+    for script in (dmd2, dfd, codmd):
         one, other = (student_weights(tmp_path / world, 3, script) for world in ("one", "two"))
         apart, far = (sum((one[k] - x[k]).square().sum().item() for k in one) ** 0.5 for x in (other, start))
         assert apart < 5e-3 * far, script.__name__

@@ -40,12 +40,12 @@ from harness.media import read_video, write_mp4
 from harness.samples import samples_key
 from tests import small_teachers
 from tests.conftest import ROOT, on_ranks, only_run, same
-from tests.ranks import train_all
+from tests.ranks import adam_eps, train_all
 from tests.small_teachers import SMALL
 from tools import make_shards
 from tools.video_in.video import read_clip
 
-CPU = torch.device("cpu")
+CPU, EPS = torch.device("cpu"), 1e-6
 PROMPTS, NEGATIVE, STEPS, SHIFT = ["a red circle", "a blue square"], "a green triangle", 4, 3.0
 
 
@@ -236,8 +236,9 @@ def test_every_script_trains_resumes_and_exports(name, folders, prompts, tmp_pat
 def test_two_ranks_train_as_one(folders, prompts, tmp_path):
     """Two processes with batch b, one with 2b: the same weights, up to what Adam makes of sums in another order.
 
-    With every family one script of five, and where there are two experts phased_dmd.py, for the suite's time. All 40
-    pairs agreed to 2.1e-4 on one CPU; on an older one a pair differed by 2.9e-3.
+    With every family one script of five, and where there are two experts phased_dmd.py, for the suite's time; they
+    agreed to 4.3e-5. With Adam's own eps it was 2.9e-3 for one pair on an older CPU (2.1e-4 on others): its first steps
+    are of one size whatever the gradient, so rounding shows where that is next to nothing.
     """
     plain = {"steps": 2, "student_every": 1, "preview_every": 0, "save_every": 2, "gradient_checkpointing": 0}
     others, runs = itertools.cycle((dmd, dmd2, dfd, codmd)), []
@@ -245,8 +246,10 @@ def test_two_ranks_train_as_one(folders, prompts, tmp_path):
         for script in (next(others), phased_dmd)[: 1 + ("experts" in name)]:
             two = args_of(script, name, folders, prompts, tmp_path / name / "two", batch_size=1, **plain)
             runs.append((script.__name__, two))
-            script.main(args_of(script, name, folders, prompts, tmp_path / name / "one", batch_size=2, **plain))
-    on_ranks(2, train_all, runs, folders={args.runs_dir for _, args in runs})
+            args = args_of(script, name, folders, prompts, tmp_path / name / "one", batch_size=2, **plain)
+            with adam_eps(EPS):
+                script.main(args)
+    on_ranks(2, train_all, runs, EPS, folders={args.runs_dir for _, args in runs})
     for script, args in runs:
         place, start = Path(args.runs_dir).parent, common.teacher_folder(args.teacher)
         one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in ("one", "two"))
@@ -257,7 +260,7 @@ def test_two_ranks_train_as_one(folders, prompts, tmp_path):
                 far += (weight - begun[key]).square().sum().item()
                 apart += (weight - other[part][key]).square().sum().item()
             print(f"{place}, {part}: {far**0.5:.3g}, {(apart / far) ** 0.5 if far else apart:.3g}")
-            assert apart**0.5 <= 1e-2 * far**0.5, f"{place}, {part}"
+            assert apart**0.5 <= 2e-4 * far**0.5, f"{place}, {part}"
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "wan"])

@@ -231,9 +231,8 @@ def figures(script, args):
     }
     if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
         turns = model.latent_shape[1] / causal
-        kept = (
-            blocks * (turns - 1) / turns + (blocks - again) * (turns - 1) / 2
-        )  # once, and joined where not recomputed
+        # each once, and where a layer is not recomputed also joined, as it was read in every turn
+        kept = blocks * (turns - 1) / turns + (blocks - again) * (turns - 1) / 2
         memory["past of the blocks"] = args.batch_size * 2 * 2 * network.width * tokens * kept
     total = sum(memory.values())
     # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase or one of two experts
