@@ -9,9 +9,10 @@ export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test format site vbench-env
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@# byte-compile on all cores, where pip would use one; a few packages ship files that are no valid Python
 	-@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 	touch $@

@@ -1,6 +1,6 @@
 """Model loading and data: all that the scripts share. No loss, sampler or schedule is in this file.
 
-A network is called `v = network(x_t, sigma, cond)`, see families/. Every random draw and every sample read is a
+A network is called `v = network(x_t, sigma, cond)`, see models/. Every random draw and every sample read is a
 function of (seed, sample number), so a run has no hidden state: it resumes exactly, at any number of processes.
 """
 
@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
-from families.adapters import Adapted, add_adapters
-from families.folders import teacher_folder
-from families.images import find_images
-from families.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
-from families.presets import TINY_WORLD, kind_of, name_of
-from families.text import encoded_prompts
-from harness.files import Fatal, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
+from models.adapters import Adapted, add_adapters
+from models.folders import teacher_folder
+from models.images import find_images
+from models.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
+from models.presets import TINY_WORLD, kind_of, name_of
+from models.text import encoded_prompts
 from tiny import world as tiny
+from training.files import UserError, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
 
 # no script writes in place into a network's output, which is what this warns of
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -59,7 +59,7 @@ class Model:
     """
 
     def __init__(self, teacher, frames, height, width, compute=None):
-        from families.classes import family_of
+        from models.classes import family_of
 
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
@@ -74,13 +74,13 @@ class Model:
             self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = tiny if name_of(teacher) in TINY_WORLD else None
         if self.world and self.size[1:] != (tiny.SIZE, tiny.SIZE):
-            raise Fatal(f"the tiny world is {tiny.SIZE} x {tiny.SIZE} pixels: see --height, --width")
+            raise UserError(f"the tiny world is {tiny.SIZE} x {tiny.SIZE} pixels: see --height, --width")
         self.fps = tiny.FPS if self.world else self.family.fps
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
     def network_class(self, frame_block=0):
         """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
-        from families.classes import causal
+        from models.classes import causal
 
         return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
 
@@ -94,7 +94,7 @@ class Model:
         adapters: LoRAs to put on it, {role: (rank, alpha)}, none of them on. A network of such a role that is loaded
         with this one as its base is this one with that LoRA on. frame_block: see network_class.
         """
-        from families.compute import prepare
+        from models.compute import prepare
 
         if role in getattr(base, "adapters", ()):
             network = Adapted(base, role, trained=role in TRAINED)
@@ -128,7 +128,7 @@ class Model:
         world = dist.get_world_size()
         together = self.shard_size or world
         if world % together:
-            raise Fatal(f"--shard-size must divide the {world} processes, got {together}")
+            raise UserError(f"--shard-size must divide the {world} processes, got {together}")
         if device.type == "cpu" and world == 1:
             return network
         bf16 = torch.bfloat16 if device.type == "cuda" else None
@@ -170,10 +170,12 @@ def put_weights(network, folder, part="transformer"):
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         for key in sorted(weights.keys() ^ reader.read_metadata().state_dict_metadata.keys()):
-            raise Fatal(f"the weights in {folder} do not fit: {key} is {'missing' if key in weights else 'unknown'}")
+            raise UserError(
+                f"the weights in {folder} do not fit: {key} is {'missing' if key in weights else 'unknown'}"
+            )
         dcp.load(weights, storage_reader=reader)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        raise Fatal(f"cannot read the weights in {folder}: {str(error).strip().splitlines()[-1]}") from None
+        raise UserError(f"cannot read the weights in {folder}: {str(error).strip().splitlines()[-1]}") from None
 
 
 def reshard(network):
@@ -208,7 +210,7 @@ def gather_rows(x):
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-class SharedDraws:
+class SharedRNG:
     """Random numbers of a step that are the same on all ranks: for what changes the number of forwards."""
 
     def __init__(self, seed, step):
@@ -219,7 +221,7 @@ class SharedDraws:
         return hashed(*self.key, stream) / 2**63
 
 
-class Draws:
+class SampleRNG:
     """Random numbers of a micro-batch: sample i has a generator of its own, seeded by (seed, stream, i).
 
     So a sample's noise does not depend on how many processes or micro-batches share the work.
@@ -267,7 +269,7 @@ class Samples:
                 self.asked |= {stream}
                 return (started or READER.submit(self.latents, numbers)).result()
 
-            yield Draws(self.seed, stream, numbers, self.device), self.cond(numbers), cache(x0_data)
+            yield SampleRNG(self.seed, stream, numbers, self.device), self.cond(numbers), cache(x0_data)
 
     def prompt(self, number):
         return self.prompts[self.row(number)]
@@ -298,22 +300,26 @@ class Shards(Samples):
         self.folder, self.rows, self.prompts, self.orders = Path(folder), [], [], {}
         paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         if not paths:
-            raise Fatal(f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}")
+            raise UserError(
+                f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}"
+            )
         for path in paths:
             prompts, shapes, made_with = read_shard(path)
             for i, key in ((i, key) for i in range(len(prompts)) for key in ("text", *keys)):
                 shape = shapes.get(f"{i}.{key}")
                 own = {"text": (shape[0] if shape else "tokens", model.text_dim), **self.conditions}
                 if shape != (wanted := own.get(key, model.latent_shape)):
-                    raise Fatal(f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher and size need {wanted}")
+                    raise UserError(
+                        f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher and size need {wanted}"
+                    )
             if settings and made_with and made_with != list(settings):
-                raise Fatal(
+                raise UserError(
                     f"{folder} was made with {made_with}, this run has {list(settings)} (guidance, shift, steps)"
                 )
             self.prompts += prompts
             self.rows += [(path, i) for i in range(len(prompts))]
         if not self.rows:
-            raise Fatal(f"the shards in {folder} hold no samples")
+            raise UserError(f"the shards in {folder} hold no samples")
 
     def __len__(self):
         return len(self.rows)
@@ -377,7 +383,7 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
     first frames from the folder `images`), or the tiny world; without any, the prompts that ship with the repository.
     """
     if images and (data or not model.conditions or not prompts):
-        raise Fatal("--images goes with --prompts and an image-to-video teacher, and without --data")
+        raise UserError("--images goes with --prompts and an image-to-video teacher, and without --data")
     if data:
         shards = Shards(data, model, device, seed, keys=("latents",))
         if "0.noise" in opened(shards.rows[0][0]).keys() and dist.get_rank() == 0:
@@ -385,10 +391,10 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
         return shards
     if model.world and not prompts:
         if model.size[0] != tiny.FRAMES:
-            raise Fatal(f"clips of the tiny world have {tiny.FRAMES} frames, got --frames {model.size[0]}")
+            raise UserError(f"clips of the tiny world have {tiny.FRAMES} frames, got --frames {model.size[0]}")
         return TinyWorld(model, cache, device, seed)
     if model.conditions and not images:
-        raise Fatal(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
+        raise UserError(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")
     images = find_images(images, len(prompts), *model.size[1:]) if images else ()
     return encode_text(model, prompts, cache, device, images, seed)  # no clips

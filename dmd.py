@@ -10,8 +10,6 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
 Notes, healthy curves and results: docs/dmd.md. The base file: dmd2.py is a diff of it, the other scripts of dmd2.py.
 """
 
-from harness.flags import RunArgs, launch
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,9 +22,10 @@ from annotated_types import Ge, Le, Lt
 from einops import rearrange, reduce
 
 import common
-from harness.preview import Preview
-from harness.run import Run
-from harness.samples import teacher_samples
+from training.flags import RunArgs, launch
+from training.preview import Preview
+from training.run import Run
+from training.samples import teacher_samples
 
 
 @dataclass(kw_only=True)
@@ -48,7 +47,7 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
-    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    score_sigmas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
     """Range of score times: after the shift, draws beyond it are set to its ends. See docs/dialects.md."""
     regression_weight: Annotated[float, Ge(0)]
     """Weight of the regression on the teacher's pairs (eq. 9)."""
@@ -126,11 +125,11 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 # --------------------------------------------------------------------------------------------------- losses
 
 
-def dmd_gradient(x0, x0_real, x0_fake):
+def dmd_gradient(x0, x0_teacher, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # DMD, eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
-    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
+    grad = x0_fake - x0_teacher  # DMD, eq. 7
+    weight = reduce((x0 - x0_teacher).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
+    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_teacher: 0 / 0. Any other NaN must show
 
 
 def student_loss(x0, grad):
@@ -209,12 +208,12 @@ def main(args):
             for rng, cond, _ in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x0 = rollout(student, rng, cond, shape)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift, *args.score_times)
+                    sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                     noise = rng.normal(shape)
                     x_t = add_noise(x0, noise, sigma)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
-                    x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
-                    grad = dmd_gradient(x0, x0_real, x0_fake)
+                    x0_teacher = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
+                    grad = dmd_gradient(x0, x0_teacher, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
                 (loss / args.grad_accum).backward()
@@ -234,7 +233,7 @@ def main(args):
         for rng, cond, _ in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x0 = rollout(student, rng, cond, shape)
-                sigma = sample_sigma(rng, args.shift, *args.score_times)
+                sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
             loss = flow_loss(fake_score(x_t, sigma, cond), x0, noise)

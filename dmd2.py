@@ -9,8 +9,6 @@ its features, which sees real videos, can correct the teacher; the student takes
 Notes, healthy curves and results: docs/dmd2.md. A diff of dmd.py: docs/diffs/dmd-dmd2.md.
 """
 
-from harness.flags import RunArgs, launch
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,10 +22,11 @@ from einops import rearrange, reduce
 from torch import nn
 
 import common
-from harness.files import Fatal
-from harness.preview import Preview
-from harness.run import Run
-from harness.samples import teacher_samples
+from training.files import UserError
+from training.flags import RunArgs, launch
+from training.preview import Preview
+from training.run import Run
+from training.samples import teacher_samples
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,7 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
-    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    score_sigmas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
     """Range of score times: after the shift, draws beyond it are set to its ends. See docs/dialects.md."""
     student_sigmas: tuple[float, ...]
     """Noise levels at which the student predicts a video, the first .99 to 1."""
@@ -78,7 +77,7 @@ RECIPES = {  # the first row is everybody's; the others change it
         "discriminator_blocks": (20, 29, 39),
     },
     "cosmos2.5-2b": {  # FastGen's, but for its first level .999, x0-space fake score, and the teacher's features
-        "lr": 1e-5, "fake_score_lr": 1e-5, "guidance_scale": 4.0, "shift": 5.0, "score_times": (0.001, 0.999),
+        "lr": 1e-5, "fake_score_lr": 1e-5, "guidance_scale": 4.0, "shift": 5.0, "score_sigmas": (0.001, 0.999),
         "student_sigmas": (1.0, 0.937, 0.833, 0.624), "gan_weight": 0.03, "discriminator_blocks": (13, 20, 27),
     },
     "qwen-image": {"discriminator_blocks": (30, 44, 59)},  # CoDMD's 14B otherwise: no paper has one
@@ -96,9 +95,9 @@ def check(args, model):
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
     model.network_class(args.frame_block)
     if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
-        raise Fatal(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+        raise UserError(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
-        raise Fatal(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
+        raise UserError(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
 
 
 def needs_clips(args):
@@ -138,12 +137,12 @@ def rollout(student, rng, cond, shape, sigmas, x0_data=None):
     sigmas = torch.tensor(sigmas, device=start.device)[:, None].expand(-1, len(rng))
     if x0_data is not None:
         start, sigmas = add_noise(x0_data, start, sigmas[-1]), sigmas[-1:]
-    for x_t in student.in_turn(start):  # all frames at once, or block by block
+    for x_t in student.chunks(start):  # all frames at once, or block by block
         with torch.no_grad():
             for sigma, sigma_next in pairwise(sigmas):
                 x_t = add_noise(predict_x0(student, x_t, sigma, cond), rng.normal(x_t.shape[1:]), sigma_next)
         video.append(predict_x0(student, x_t, sigmas[-1], cond))
-        student.remember(video[-1], cond)
+        student.update_cache(video[-1], cond)
     return torch.cat(video, dim=2)
 
 
@@ -166,11 +165,11 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 # --------------------------------------------------------------------------------------------------- losses
 
 
-def dmd_gradient(x0, x0_real, x0_fake):
+def dmd_gradient(x0, x0_teacher, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # DMD, eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
-    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
+    grad = x0_fake - x0_teacher  # DMD, eq. 7
+    weight = reduce((x0 - x0_teacher).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
+    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_teacher: 0 / 0. Any other NaN must show
 
 
 def student_loss(x0, grad):
@@ -264,7 +263,7 @@ def main(args):
         fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * lr_scale
 
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
-        shared = common.SharedDraws(args.seed, step)
+        shared = common.SharedRNG(args.seed, step)
         sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
 
         # student
@@ -272,12 +271,12 @@ def main(args):
             for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift, *args.score_times)
+                    sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                     noise = rng.normal(shape)
                     x_t = add_noise(x0, noise, sigma)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
-                    x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
-                    grad = dmd_gradient(x0, x0_real, x0_fake)
+                    x0_teacher = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
+                    grad = dmd_gradient(x0, x0_teacher, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
                 if args.gan_weight:
@@ -296,7 +295,7 @@ def main(args):
         for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
-                sigma = sample_sigma(rng, args.shift, *args.score_times)
+                sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
             v, features = fake_score(x_t, sigma, cond, read)

@@ -11,8 +11,6 @@ docs/eval_vbench.md. What the steps are made of is in evaluation/: folder.py (fi
 sampling.py, proxies.py (metrics that are ours), vbench.py (what VBench fixes, and its scorer), report.py, ledger.py.
 """
 
-from harness.flags import check_flags, one_line_errors, with_recipe
-
 import json
 import os
 from dataclasses import dataclass, replace
@@ -43,14 +41,15 @@ from evaluation.ledger import Ledger, write_json, write_text
 from evaluation.proxies import feature_diversity, feature_model, measure, temporal_flickering
 from evaluation.report import collect, markdown, summary
 from evaluation.sampling import Noise, Source, conditions, configuration, sampler
-from families.images import find_images
-from families.presets import TINY_WORLD, name_of
-from harness.checkpoints import check_checkpoint
-from harness.files import Fatal, make_folder, read_json, stamps
-from harness.finished import load_run, student_folders
-from harness.media import contact_sheet, write_video
-from harness.run import git_revision
+from models.images import find_images
+from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
+from training.checkpoints import check_checkpoint
+from training.files import UserError, make_folder, read_json, stamps
+from training.finished import load_run, student_folders
+from training.flags import check_flags, one_line_errors, with_recipe
+from training.media import contact_sheet, write_video
+from training.run import git_revision
 
 
 @dataclass
@@ -128,27 +127,27 @@ def check(args):
     """One line for the first flag that cannot work, before anything is read."""
     check_flags(args)
     if unknown := [name for name in args.dims if name not in vbench.DIMENSIONS]:
-        raise Fatal(f"--dims: no dimension {unknown[0]!r}; there are {', '.join(vbench.DIMENSIONS)}")
+        raise UserError(f"--dims: no dimension {unknown[0]!r}; there are {', '.join(vbench.DIMENSIONS)}")
     if args.prompts and (args.vbench_info or args.dims):
-        raise Fatal("--prompts is a list of its own: leave out --vbench-info and --dims")
+        raise UserError("--prompts is a list of its own: leave out --vbench-info and --dims")
     if args.limit and not args.allow_partial and args.command != "generate":
-        raise Fatal("--limit makes a partial set, which has no totals: add --allow-partial")
+        raise UserError("--limit makes a partial set, which has no totals: add --allow-partial")
     if (args.features != "none") != bool(args.features_folder):
-        raise Fatal("--features and --features-folder go together")
+        raise UserError("--features and --features-folder go together")
     if args.features != "none" and args.command in ("score", "all"):
         kind = read_json(Path(args.features_folder) / "config.json").get("model_type")
         if kind != args.features:
-            raise Fatal(f"{args.features_folder} holds a model of type {kind!r}, not {args.features}")
+            raise UserError(f"{args.features_folder} holds a model of type {kind!r}, not {args.features}")
     if args.vbench_python and not Path(args.vbench_python).is_file():
-        raise Fatal(f"--vbench-python: no such file {args.vbench_python}; make vbench-env builds one")
+        raise UserError(f"--vbench-python: no such file {args.vbench_python}; make vbench-env builds one")
     if args.vbench_python and not os.access(args.vbench_python, os.X_OK):
-        raise Fatal(f"--vbench-python: {args.vbench_python} is no program; make vbench-env builds one")
+        raise UserError(f"--vbench-python: {args.vbench_python} is no program; make vbench-env builds one")
     if args.compare and not (args.compare / "config.json").is_file():
-        raise Fatal(f"--compare: {args.compare} is not an evaluation (no config.json)")
+        raise UserError(f"--compare: {args.compare} is not an evaluation (no config.json)")
     if args.command in ("score", "report") and not (args.out / "config.json").is_file():
-        raise Fatal(f"{args.out} holds no videos (no config.json): run generate first")
+        raise UserError(f"{args.out} holds no videos (no config.json): run generate first")
     if args.command in ("generate", "all") and not args.checkpoint and (args.role == "student" or not args.teacher):
-        raise Fatal("--checkpoint RUN is missing (a teacher alone: --role teacher --teacher NAME)")
+        raise UserError("--checkpoint RUN is missing (a teacher alone: --role teacher --teacher NAME)")
 
 
 def vbench_python(args):
@@ -162,23 +161,23 @@ def read_prompt_list(args, teacher):
     """The prompt list, [{"prompt", "fed", "dimensions"}], `fed` being what the model gets; its id if it is VBench's."""
     if args.prompts or (name_of(teacher) in TINY_WORLD and not args.vbench_info):
         if args.dims:
-            raise Fatal("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
+            raise UserError("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
         prompts = common.read_prompts(args.prompts) if args.prompts else tiny.EXAMPLES
         if (args.images or args.gen_prompts) and len(set(prompts)) < len(prompts):
             twice = max(prompts, key=prompts.count)
-            raise Fatal(
+            raise UserError(
                 f"{args.prompts} has {twice!r} twice: files are named after prompts, so each has one image or words"
             )
         entries, list_id = [{"prompt": prompt, "dimensions": []} for prompt in prompts], None
     else:
         text, source = vbench.find_info(args.vbench_info, vbench_python(args))
         if text is None:
-            raise Fatal(f"VBench's prompts are not here: {source}")
+            raise UserError(f"VBench's prompts are not here: {source}")
         entries = vbench.read_entries(text, source)
         list_id = vbench.entries_id(entries)
     fed = common.read_prompts(args.gen_prompts) if args.gen_prompts else [entry["prompt"] for entry in entries]
     if len(fed) != len(entries):
-        raise Fatal(f"{args.gen_prompts} has {len(fed)} lines, the list has {len(entries)} entries")
+        raise UserError(f"{args.gen_prompts} has {len(fed)} lines, the list has {len(entries)} entries")
     return [entry | {"fed": words} for entry, words in zip(entries, fed)], list_id
 
 
@@ -198,7 +197,7 @@ def source_of(args):
     names = ("teacher", "guidance_scale", "shift", "teacher_steps", "frames", "height", "width")
     flags = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
     if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
-        raise Fatal("--kept-frames is for a causal student, a run with --frame-block")
+        raise UserError("--kept-frames is for a causal student, a run with --frame-block")
     return Source(args.role, script, replace(run_args, **flags), checkpoint, raw, args.kept_frames)
 
 
@@ -217,9 +216,9 @@ def generate(args):
     config = [configuration(source, model) if rank == 0 else None]
     dist.broadcast_object_list(config)
     if args.images and not model.conditions:
-        raise Fatal("--images is for an image-to-video teacher")
+        raise UserError("--images is for an image-to-video teacher")
     if list_id and model.size[0] == 1:
-        raise Fatal("VBench's list is for videos: give --prompts, as this teacher makes images")
+        raise UserError("VBench's list is for videos: give --prompts, as this teacher makes images")
     for item in items if model.size[0] == 1 else ():
         item["files"] = [f"{file.removesuffix('.mp4')}.png" for file in item["files"]]
     images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
@@ -264,7 +263,7 @@ def generate(args):
                 try:
                     write_video(args.out / "videos" / file, video, model.fps)
                 except (OSError, ValueError, RuntimeError) as error:
-                    raise Fatal(f"cannot write {file!r} (entry {item['entry']}): {error}", 1, alone=True) from None
+                    raise UserError(f"cannot write {file!r} (entry {item['entry']}): {error}", 1, alone=True) from None
                 book.append({
                     "file": file, "entry": item["entry"], "sample": j, "prompt": item["prompt"], "fed": item["fed"],
                     "seed": seeds[j - chunk[0]], "bytes": (args.out / "videos" / file).stat().st_size,
@@ -303,7 +302,7 @@ def own_metrics(args, record, videos):
             for file, clip in zip(files, clips):
                 if clip.shape[1] != record["config"]["frames"]:
                     short = f"{file!r} has {clip.shape[1]} of {record['config']['frames']} frames"
-                    raise Fatal(f"{short}: delete it and generate it again", code=1, alone=True)
+                    raise UserError(f"{short}: delete it and generate it again", code=1, alone=True)
             clips = torch.stack(clips)
             values = old["values"] if old["files"] == files else measure(clips, record["config"]["fps"])
             if extract and len(clips) > 1:
@@ -337,7 +336,7 @@ def score(args):
     if not why:
         text, source = vbench.find_info(args.vbench_info, python)
         if text is None or vbench.entries_id(vbench.read_entries(text, source)) != record["vbench_list"]:
-            raise Fatal(f"the videos are of another prompt list than {source}: pass the same --vbench-info")
+            raise UserError(f"the videos are of another prompt list than {source}: pass the same --vbench-info")
         write_text(folder / "VBench_full_info.json", text)
     rejected = []
     for dimension in args.dims or vbench.DIMENSIONS:
@@ -366,7 +365,7 @@ def compared(args, config):
     """config.json of --compare, None without it; one line if it is of other prompts than this configuration."""
     known = read_record(args.compare) if args.compare else None
     if known and known["config"]["prompts"] != config["prompts"]:
-        raise Fatal(f"--compare: {args.compare} is of other prompts")
+        raise UserError(f"--compare: {args.compare} is of other prompts")
     return known
 
 
@@ -410,7 +409,7 @@ def main(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if rejected:
-        raise Fatal(f"VBench's results were rejected for {', '.join(rejected)}", code=1)
+        raise UserError(f"VBench's results were rejected for {', '.join(rejected)}", code=1)
 
 
 if __name__ == "__main__":

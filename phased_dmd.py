@@ -10,8 +10,6 @@ from it. Finished experts are frozen, and the next one begins at the teacher. No
 Notes, healthy curves and results: docs/phased_dmd.md. A diff of dmd2.py: docs/diffs/dmd2-phased_dmd.md.
 """
 
-from harness.flags import RunArgs, launch
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,10 +23,11 @@ from einops import rearrange, reduce
 from torch import nn
 
 import common
-from harness.files import Fatal
-from harness.preview import Preview
-from harness.run import Run
-from harness.samples import teacher_samples
+from training.files import UserError
+from training.flags import RunArgs, launch
+from training.preview import Preview
+from training.run import Run
+from training.samples import teacher_samples
 
 
 @dataclass(kw_only=True)
@@ -50,7 +49,7 @@ class Args(RunArgs):
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
     shift: Annotated[float, Ge(1)]
     """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
-    score_times: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
+    score_sigmas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
     """Range of score times: after the shift, draws beyond it are set to its ends. See docs/dialects.md."""
     student_sigmas: tuple[float, ...]
     """Noise levels at which the student's Euler steps begin, the first .99 to 1."""
@@ -94,19 +93,21 @@ def check(args, model):
     """Raise one line for noise levels, phases or blocks that cannot be."""
     sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
     if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
-        raise Fatal(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
-    ends, floors, highest = args.phase_ends, args.score_ends or args.phase_ends, args.score_times[1]
+        raise UserError(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
+    ends, floors, highest = args.phase_ends, args.score_ends or args.phase_ends, args.score_sigmas[1]
     if ends[-1:] != (0,) or list(ends[:-1]) != [sigma for sigma in sigmas[1:] if sigma in ends]:
-        raise Fatal(f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {ends}")
+        raise UserError(f"--phase-ends must be some of --student-sigmas below 1, falling, then 0, got {ends}")
     if len(floors) != len(ends) or not all(end <= floor < highest for end, floor in zip(ends, floors)):
-        raise Fatal(f"--score-ends must be a number per phase, from its end to below {highest}, got {floors}")
+        raise UserError(f"--score-ends must be a number per phase, from its end to below {highest}, got {floors}")
     meet = len(model.family.parts) > 1 and model.index.get("boundary_ratio")  # two experts, a phase for each
     if meet and (len(ends) != 2 or any((sigma >= meet) != (sigma > ends[0]) for sigma in sigmas)):
-        raise Fatal(f"this teacher's experts meet at {meet}: there --phase-ends must part --student-sigmas, got {ends}")
+        raise UserError(
+            f"this teacher's experts meet at {meet}: there --phase-ends must part --student-sigmas, got {ends}"
+        )
     if args.steps % len(ends):
-        raise Fatal(f"--steps must be a multiple of the {len(ends)} phases, got {args.steps}")
+        raise UserError(f"--steps must be a multiple of the {len(ends)} phases, got {args.steps}")
     if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
-        raise Fatal(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
+        raise UserError(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
 
 
 def needs_clips(args):
@@ -188,11 +189,11 @@ def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
 # --------------------------------------------------------------------------------------------------- losses
 
 
-def dmd_gradient(x0, x0_real, x0_fake):
+def dmd_gradient(x0, x0_teacher, x0_fake):
     """Distribution matching gradient with respect to x0. All [b, c, f, h, w], float32."""
-    grad = x0_fake - x0_real  # DMD, eq. 7
-    weight = reduce((x0 - x0_real).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
-    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_real: 0 / 0. Any other NaN must show
+    grad = x0_fake - x0_teacher  # DMD, eq. 7
+    weight = reduce((x0 - x0_teacher).abs(), "b c f h w -> b 1 1 1 1", "mean")  # DMD, eq. 8
+    return (grad / weight).masked_fill(weight == 0, 0)  # x0 = x0_teacher: 0 / 0. Any other NaN must show
 
 
 def student_loss(x0, grad):
@@ -307,7 +308,7 @@ def main(args):
         fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * lr_scale
 
         # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
-        shared = common.SharedDraws(args.seed, step)
+        shared = common.SharedRNG(args.seed, step)
         start, end = (1.0, *args.phase_ends)[phase : phase + 2]
         floor = (args.score_ends or args.phase_ends)[phase]
         sigmas = [sigma for sigma in args.student_sigmas if sigma > start]
@@ -320,12 +321,12 @@ def main(args):
             for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
                 x_s, x0 = rollout(students, rng, cond, shape, sigmas, x0_data() if from_data else None)
                 with torch.no_grad():
-                    sigma = sample_sigma(rng, args.shift, floor, *args.score_times)
+                    sigma = sample_sigma(rng, args.shift, floor, *args.score_sigmas)
                     noise = rng.normal(shape)
                     x_t = renoise(x_s, noise, sigma, end)
                     x0_fake = predict_x0(fake_score, x_t, sigma, cond)
-                    x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
-                    grad = dmd_gradient(x0, x0_real, x0_fake)
+                    x0_teacher = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
+                    grad = dmd_gradient(x0, x0_teacher, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
                 if args.gan_weight:
@@ -344,7 +345,7 @@ def main(args):
         for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
                 x_s, _ = rollout(students, rng, cond, shape, sigmas, x0_data() if from_data else None)
-                sigma = sample_sigma(rng, args.shift, floor, *args.score_times)
+                sigma = sample_sigma(rng, args.shift, floor, *args.score_sigmas)
                 noise = rng.normal(shape)
                 x_t = renoise(x_s, noise, sigma, end)
             v, features = fake_score(x_t, sigma, cond, read)

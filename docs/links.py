@@ -1,6 +1,6 @@
 """Keep the links from the docs into the code at their lines.
 
-A link whose text is code, [`x0_real = …`](../dfd.py#L200), must name the one line that has this code.
+A link whose text is code, [`x0_teacher = …`](../dfd.py#L200), must name the one line that has this code.
 
     python docs/links.py            # write the numbers of today
     python docs/links.py --check    # exit 1 and name what is stale, write nothing

@@ -21,10 +21,9 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `python docs/site.py` finds the package
+from docs.diffs import PAIRS, counts, unified
 
-from docs.diffs import PAIRS, counts, unified  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PARTS = ROOT / "docs" / "site"
 PAGES = ("README.md", "docs/*.md", "tiny/README.md", "prompts/README.md")

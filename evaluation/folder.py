@@ -9,8 +9,8 @@ scores/, results.json, results.md, sheets/   what is made of them
 from dataclasses import dataclass
 
 from evaluation.ledger import Ledger, write_json
-from harness import media
-from harness.files import Fatal, make_folder, read_json
+from training import media
+from training.files import UserError, make_folder, read_json
 
 
 @dataclass
@@ -33,7 +33,7 @@ def read_record(folder):
     """config.json of an evaluation's folder."""
     record = read_json(folder / "config.json")
     if not {"hash", "config", "items", "vbench_list"} <= record.keys() or "prompts" not in record["config"]:
-        raise Fatal(f"{folder} is no evaluation: its config.json is of something else")
+        raise UserError(f"{folder} is no evaluation: its config.json is of something else")
     return record
 
 
@@ -42,7 +42,7 @@ def read_video(path):
     try:
         return media.read_video(path)
     except ValueError as error:
-        raise Fatal(f"{error}: delete it and generate it again", code=1, alone=True) from None
+        raise UserError(f"{error}: delete it and generate it again", code=1, alone=True) from None
 
 
 def manifest(out):
@@ -71,9 +71,9 @@ def refuse_mixed(out, record, rows):
     """One line for a file that is no video of the list, or a manifest row of another configuration."""
     known = {file for item in record["items"] for file in item["files"]}
     if strays := sorted({path.name for path in (out / "videos").glob("*")} - known):
-        raise Fatal(f"{out / 'videos'} holds {strays[0]!r}, no video of this list ({len(strays)} such): move it")
+        raise UserError(f"{out / 'videos'} holds {strays[0]!r}, no video of this list ({len(strays)} such): move it")
     if mixed := [row["file"] for row in rows.values() if row["config"] != record["hash"]]:
-        raise Fatal(f"the manifest in {out} mixes configurations ({mixed[0]!r}): generate into another --out")
+        raise UserError(f"the manifest in {out} mixes configurations ({mixed[0]!r}): generate into another --out")
 
 
 def open_folder(out, record):
@@ -83,9 +83,9 @@ def open_folder(out, record):
         known = read_record(out)["config"]
         differ = [k for k in sorted({*known, *record["config"]}) if known.get(k) != record["config"].get(k)]
         if differ:
-            raise Fatal(f"{out} holds videos of another configuration ({', '.join(differ)}): use another --out")
+            raise UserError(f"{out} holds videos of another configuration ({', '.join(differ)}): use another --out")
     elif out.is_dir() and any(out.iterdir()):
-        raise Fatal(f"{out} is not empty and no evaluation (no config.json): use another --out")
+        raise UserError(f"{out} is not empty and no evaluation (no config.json): use another --out")
     make_folder(videos, hint="; see --out")
     for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
@@ -108,7 +108,7 @@ def find_videos(out, record, dims, limit, allow_partial):
     expected = len(found) + len(gone)
     if gone and not allow_partial:
         missing = f"{len(gone)} of {expected} videos are missing, the first is {gone[0]!r}"
-        raise Fatal(f"{missing}: run generate again, or --allow-partial")
+        raise UserError(f"{missing}: run generate again, or --allow-partial")
     if not found:
-        raise Fatal(f"{out} holds none of the {expected} videos: run generate first")
+        raise UserError(f"{out} holds none of the {expected} videos: run generate first")
     return Videos(items, {file: rows[file]["bytes"] for file in found}, expected, len(needed), bool(gone))

@@ -5,7 +5,7 @@ import os
 
 import torch.distributed as dist
 
-from harness.files import Fatal, written_aside
+from training.files import UserError, written_aside
 
 
 def write_text(path, text):
@@ -42,7 +42,7 @@ class Ledger:
                     rows[row[self.key]] = row
                 except (ValueError, KeyError, TypeError):
                     if number < len(lines):
-                        raise Fatal(f"{path}: line {number} is no row of it") from None
+                        raise UserError(f"{path}: line {number} is no row of it") from None
         return rows
 
     def append(self, row):

@@ -3,9 +3,9 @@
 import torch
 from einops import rearrange, reduce
 
-from harness import metrics
-from harness.files import Fatal
-from harness.media import to_uint8
+from training import metrics
+from training.files import UserError
+from training.media import to_uint8
 
 
 def measure(clips, fps):
@@ -101,7 +101,7 @@ def feature_model(kind, folder, device):
         network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise Fatal(f"cannot load {kind} from {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load {kind} from {folder}: {str(error).splitlines()[0]}") from None
 
     @torch.no_grad()
     def features(clips):

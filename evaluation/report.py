@@ -6,7 +6,7 @@ from collections import defaultdict
 from evaluation import vbench
 from evaluation.folder import files_of
 from evaluation.ledger import Ledger
-from harness.files import read_json
+from training.files import read_json
 
 
 def collect(out, record, videos):

@@ -1,7 +1,5 @@
 """How the videos of an evaluation are sampled: from a run's student or a teacher, and all that decides their pixels."""
 
-from harness.flags import RunArgs
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,11 @@ import torch
 
 import common
 import dmd2
-from families.presets import name_of
-from harness.files import Fatal
-from harness.finished import noise_levels, student_sampler, teacher_sampler
-from harness.media import h264_options
+from models.presets import name_of
+from training.files import UserError
+from training.finished import noise_levels, student_sampler, teacher_sampler
+from training.flags import RunArgs
+from training.media import h264_options
 
 
 @dataclass
@@ -98,7 +97,7 @@ def conditions(model, prompts, images, cache, device):
     if not model.conditions or images:
         return common.encode_text(model, prompts, cache, device, images).cond_of
     if not model.world or not set(prompts) <= set(model.world.CAPTIONS):
-        raise Fatal(f"{model.name} begins with an image: give --images FOLDER")
+        raise UserError(f"{model.name} begins with an image: give --images FOLDER")
     world = common.TinyWorld(model, cache, device, seed=0)
     return lambda rows: world.cond_of([world.prompts.index(prompts[row]) for row in rows])
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from harness.files import Fatal
+from training.files import UserError
 
 # dimension: min, max, weight (VBench's scripts/constant.py); the first seven are Quality, the others Semantic
 DIMENSIONS = {
@@ -94,7 +94,7 @@ def short_hash(value):
 
 def find_info(path=None, python=None):
     """(text of VBench_full_info.json, where it is): from a file or a wheel, else from the vbench package installed here
-    or for `python`. (None, what to do) if there is none; Fatal if it cannot be read. Nothing of it is executed.
+    or for `python`. (None, what to do) if there is none; UserError if it cannot be read. Nothing of it is executed.
     """
     if not path and (spec := find_spec("vbench")) and spec.origin:
         path = Path(spec.origin).parent / "VBench_full_info.json"
@@ -110,18 +110,18 @@ def find_info(path=None, python=None):
                 return wheel.read("vbench/VBench_full_info.json").decode(), str(path)
         return Path(path).read_text(encoding="utf-8"), str(path)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise Fatal(f"cannot read VBench's prompts in {path}: {error}") from None
+        raise UserError(f"cannot read VBench's prompts in {path}: {error}") from None
 
 
 def read_entries(text, source):
-    """[{"prompt": str, "dimensions": sorted list}] of VBench_full_info.json, in order; Fatal if it is no such file."""
+    """[{"prompt": str, "dimensions": sorted list}] of VBench_full_info.json, in order; UserError if it is no such file."""
     try:
         entries = [{"prompt": e["prompt_en"], "dimensions": sorted(e["dimension"])} for e in json.loads(text)]
         known = all(isinstance(e["prompt"], str) and set(e["dimensions"]) <= DIMENSIONS.keys() for e in entries)
     except (ValueError, KeyError, TypeError):
         entries, known = [], False
     if not entries or not known:
-        raise Fatal(f"{source} is not VBench's list: a JSON list of prompt_en and dimension")
+        raise UserError(f"{source} is not VBench's list: a JSON list of prompt_en and dimension")
     return entries
 
 

@@ -7,7 +7,6 @@
 The pictures are committed, the runs are not.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,11 @@ import tyro
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments.evidence_runs import finished
+from training.files import UserError, make_folder, written_aside
+from training.flags import check_flags, one_line_errors
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `python experiments/curves.py` finds the harness
-
-from harness.flags import check_flags, one_line_errors  # noqa: E402
-
-from experiments.evidence_runs import finished  # noqa: E402
-from harness.files import Fatal, make_folder, written_aside  # noqa: E402
 
 matplotlib.use("Agg")
 SEEDS = (0, 1, 2)
@@ -105,13 +102,13 @@ def last(run, tag):
 def main(args):
     check_flags(args)
     if unknown := [name for name in args.only if name not in (*HEALTHY, *BROKEN)]:
-        raise Fatal(f"unknown run {unknown[0]!r}; known: {', '.join((*HEALTHY, *BROKEN))}")
+        raise UserError(f"unknown run {unknown[0]!r}; known: {', '.join((*HEALTHY, *BROKEN))}")
     runs = {}
     for name in args.only:
         seeds = SEEDS if name in HEALTHY else SEEDS[:1]
         folders = [folder for seed in seeds if (folder := finished(args.runs_dir, name, seed))]
         if not folders:
-            raise Fatal(f"{name} is not trained: python experiments/evidence_runs.py; see --help")
+            raise UserError(f"{name} is not trained: python experiments/evidence_runs.py; see --help")
         runs[name] = [logged(folder) for folder in folders]
     make_folder(args.out, hint="; see --out")
     print(f"| | {' | '.join(FIGURES.values())} |\n|---|{'---:|' * len(FIGURES)}")

@@ -10,33 +10,28 @@ that no training saw.
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from annotated_types import Ge
 from einops import rearrange, reduce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
-
-from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
-
-import torch  # noqa: E402
-
-import codmd  # noqa: E402
-import common  # noqa: E402
-import dmd2  # noqa: E402
-from families.presets import TINY_WORLD, name_of  # noqa: E402
-from harness.files import Fatal, make_folder, read_json  # noqa: E402
-from harness.finished import load_run, noise_levels, run_of, students_of  # noqa: E402
-from harness.media import contact_sheet, moving_sheet  # noqa: E402
-from harness.metrics import preview_metrics  # noqa: E402
-from tiny import measures  # noqa: E402
-from tiny import world as tiny  # noqa: E402
+import codmd
+import common
+import dmd2
+from models.presets import TINY_WORLD, name_of
+from tiny import measures
+from tiny import world as tiny
+from training.files import UserError, make_folder, read_json
+from training.finished import load_run, noise_levels, run_of, students_of
+from training.flags import check_flags, one_line_errors, with_recipe
+from training.media import contact_sheet, moving_sheet
+from training.metrics import preview_metrics
 
 # flags that say where and how long to look, not what was trained
 ASIDE = {"seed", "init", "runs_dir", "resume", "keep", "track", "save_every", "max_hours"}
@@ -188,20 +183,20 @@ def labels(descriptions):
 def load_all(folders):
     """[(description, script, args, checkpoint)] of run folders; one line unless they fit into one table."""
     if not folders:
-        raise Fatal("name at least one run folder")
+        raise UserError("name at least one run folder")
     loaded, seen = [load_run(folder) for folder in folders], {}
     for folder, (_, args, _) in zip(folders, loaded):
         if name_of(args.teacher) not in TINY_WORLD:
-            raise Fatal(f"{folder}: only runs on the tiny teacher have factors to read")
+            raise UserError(f"{folder}: only runs on the tiny teacher have factors to read")
         if common.teacher_folder(args.teacher).resolve() != common.teacher_folder(loaded[0][1].teacher).resolve():
-            raise Fatal(f"{folder} and {folders[0]} have different teachers: one table, one teacher")
+            raise UserError(f"{folder} and {folders[0]} have different teachers: one table, one teacher")
     rows = []
     for folder, (script, args, checkpoint) in zip(folders, loaded):
         words = description(script, args, read_json(checkpoint / "checkpoint.json")["step"])
         words = (*words, "not averaged") if folder.endswith(":raw") else tuple(words)
         other = seen.setdefault((words, args.seed), folder)
         if other != folder:
-            raise Fatal(f"{folder} and {other} are the same run twice (seed {args.seed}): name one of them")
+            raise UserError(f"{folder} and {other} are the same run twice (seed {args.seed}): name one of them")
         rows.append((words, script, args, checkpoint))
     return rows
 
@@ -225,9 +220,9 @@ def table_of(rows, transpose):
 def main(args):
     check_flags(args)
     if not args.teacher_steps:
-        raise Fatal("--teacher-steps must be at least one number")
+        raise UserError("--teacher-steps must be at least one number")
     if args.names and len(args.names) != len(args.runs):
-        raise Fatal(f"--names must be as many as run folders, got {len(args.names)} for {len(args.runs)}")
+        raise UserError(f"--names must be as many as run folders, got {len(args.names)} for {len(args.runs)}")
     runs = load_all(args.runs)
     names = dict(zip((words for words, *_ in runs), args.names)) or labels([words for words, *_ in runs])
     make_folder(args.out, hint="; see --out")
@@ -251,7 +246,7 @@ def main(args):
         parts = []
         for start in range(0, count, 48):
             numbers = range(start, min(start + 48, count))
-            rng = common.Draws(seed, "evidence", numbers, device)
+            rng = common.SampleRNG(seed, "evidence", numbers, device)
             parts.append(sampler(rng, captions.cond_of([n // args.seeds for n in numbers])))
         return torch.cat(parts)
 

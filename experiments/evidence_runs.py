@@ -22,12 +22,10 @@ from typing import Annotated
 import tyro
 from annotated_types import Ge
 
+from training.files import UserError
+from training.flags import check_flags, one_line_errors
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `python experiments/evidence_runs.py` finds the harness
-
-from harness.flags import check_flags, one_line_errors  # noqa: E402
-
-from harness.files import Fatal  # noqa: E402
 
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
 PREVIEWS, OFTEN = "--preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25", "--preview-every 5"
@@ -160,7 +158,7 @@ def main(args):
     check_flags(args)
     unknown = [name for name in args.tables if name not in TABLES]
     if unknown:
-        raise Fatal(f"unknown table {unknown[0]!r}; known: {', '.join(TABLES)}")
+        raise UserError(f"unknown table {unknown[0]!r}; known: {', '.join(TABLES)}")
     runs_dir = args.runs_dir.resolve()
     generations = [[name for table in args.tables for name in TABLES[table]]]
     while parents := [RUNS[name][2] for name in generations[0] if RUNS[name][2]]:
@@ -178,12 +176,12 @@ def main(args):
             list(pool.map(lambda job: train(runs_dir, *job), jobs))
         first = [name for name in first if name not in now]
         if missing := [name for name in now for seed in args.seeds if not finished(runs_dir, name, seed)]:
-            raise Fatal(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
+            raise UserError(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
     for table in args.tables:
         rows = [(finished(runs_dir, name, seed), label) for name, label in TABLES[table].items() for seed in args.seeds]
         rows = [(str(run), label) for run, label in rows if run]
         if not rows:
-            raise Fatal(f"no run of the table {table} is in {runs_dir}: leave out --no-train")
+            raise UserError(f"no run of the table {table} is in {runs_dir}: leave out --no-train")
         folders, names = zip(*rows)
         look = "--seeds 16 --teacher-steps 25 4".split() + (["--long"] if table == "causal" else [])
         words = [*folders, "--names", *names, "--out", str(runs_dir / f"table_{table}"), *look]

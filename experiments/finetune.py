@@ -8,35 +8,30 @@ the steps where dfd.py would update it, on the same clips. One checkpoint is wri
 --data-prob, --student-input, --anneal-lr. The run folder is like a script's, for experiments/evidence.py.
 """
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
+import torch
+import torch.nn.functional as F
 
-from harness.flags import launch  # noqa: E402
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import common  # noqa: E402
-from dfd import RECIPES, Args, check, rollout, sample_student  # noqa: E402, F401  (evidence.py samples with the last)
-from harness.files import Fatal  # noqa: E402
-from harness.run import Run  # noqa: E402
+import common
+from dfd import RECIPES, Args, check, rollout, sample_student  # noqa: F401  (evidence.py samples with the last)
+from training.files import UserError
+from training.flags import launch
+from training.run import Run
 
 
 def main(args):
     # setup
     if not (args.init or args.resume):
-        raise Fatal("--init CHECKPOINT is missing: the student to train on, a run of dmd2.py as a rule")
+        raise UserError("--init CHECKPOINT is missing: the student to train on, a run of dmd2.py as a rule")
     if args.lora_rank or args.fake_lora_rank:
-        raise Fatal("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
+        raise UserError("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
     run = Run(__file__, args)
     model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     check(args, model)
     data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
     if not data.has_clips:
-        raise Fatal("this trains on clips, and prompts are not: pass --data FOLDER (latent shards)")
+        raise UserError("this trains on clips, and prompts are not: pass --data FOLDER (latent shards)")
     student = model.load_network("student", run.device, args.frame_block)
     ema = model.load_network("ema", run.device, args.frame_block)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -50,7 +45,7 @@ def main(args):
         stop = run.stop_signal()
         if stop:
             break
-        shared, log = common.SharedDraws(args.seed, step), defaultdict(float)
+        shared, log = common.SharedRNG(args.seed, step), defaultdict(float)
         sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
         for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
             loss = F.mse_loss(rollout(student, rng, cond, model.latent_shape, sigmas, x0_data()), x0_data())

@@ -7,30 +7,23 @@ sample is a "video" [b, c, 1, 1, 1] of c numbers. The fake score is exact too: i
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import torch
 import tyro
 from einops import rearrange
 from matplotlib import pyplot as plt
 from PIL import Image
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # so that `python experiments/gradients.py` finds the scripts
-
-from harness.flags import one_line_errors  # noqa: E402
-
-import torch  # noqa: E402
-
-import codmd  # noqa: E402
-import common  # noqa: E402
-import dmd2  # noqa: E402
-import phased_dmd  # noqa: E402
-from harness.files import make_folder, written_aside  # noqa: E402
+import codmd
+import common
+import dmd2
+import phased_dmd
+from training.files import make_folder, written_aside
+from training.flags import one_line_errors
 
 matplotlib.use("Agg")
 RED, BLUE, GREY = "#c1272d", "#0050a0", "#888888"
@@ -106,8 +99,8 @@ def dmd_step(student, teacher, cond, null_cond, guidance, count, lr, high=0.98):
     with torch.no_grad():
         sigma = dmd2.sample_sigma(SimpleNamespace(uniform=lambda: high * torch.rand(count)), 1.0)
         x_t = dmd2.add_noise(x0, torch.randn_like(x0), sigma)
-        x0_real = dmd2.guided_x0(teacher, x_t, sigma, cond, null_cond, guidance)
-        grad = dmd2.dmd_gradient(x0, x0_real, student.x0(x_t, sigma))
+        x0_teacher = dmd2.guided_x0(teacher, x_t, sigma, cond, null_cond, guidance)
+        grad = dmd2.dmd_gradient(x0, x0_teacher, student.x0(x_t, sigma))
     loss = dmd2.student_loss(x0, grad) * x0.numel() / count
     parameters = [student.mean, student.root]
     for parameter, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -204,8 +197,10 @@ def field(out):
         sigma = torch.full((len(x0),), level)
         x_t = dmd2.add_noise(x0, torch.randn_like(x0), sigma)
         cond = even(len(x0), 2)
-        x0_real = dmd2.guided_x0(TWO, x_t, sigma, cond, even(1, 2), 1.0)
-        down = -(student.x0(x_t, sigma) - x0_real).view(-1, 200, 2).mean(1)  # where a step goes, without the normaliser
+        x0_teacher = dmd2.guided_x0(TWO, x_t, sigma, cond, even(1, 2), 1.0)
+        down = (
+            -(student.x0(x_t, sigma) - x0_teacher).view(-1, 200, 2).mean(1)
+        )  # where a step goes, without the normaliser
         density(axis, TWO, [0.5, 0.5])
         axis.quiver(*places.T, *down.T, color=BLUE, angles="xy", width=0.004)
         axis.scatter(*student.draw(200).detach().T, s=4, color=RED, alpha=0.5, linewidths=0)
@@ -287,10 +282,10 @@ def relations(out):
     sigma = torch.full((6,), 0.5)
     student = Gaussian([0.0, 0.9], 0.7)
     x_t = dmd2.add_noise(video(x0.detach()), video(torch.randn(6, 2)), sigma)
-    x0_real, x0_fake = dmd2.guided_x0(TWO, x_t, sigma, even(6, 2), even(1, 2), 1.0), student.x0(x_t, sigma)
-    loss = codmd.relation_loss(video(x0), x0_real, x0_fake, 1.0, 0.0, 0.5)
+    x0_teacher, x0_fake = dmd2.guided_x0(TWO, x_t, sigma, even(6, 2), even(1, 2), 1.0), student.x0(x_t, sigma)
+    loss = codmd.relation_loss(video(x0), x0_teacher, x0_fake, 1.0, 0.0, 0.5)
     push = -torch.autograd.grad(loss, x0)[0]
-    s, r, f = (codmd.relation_matrix(x.flatten(1)) for x in (video(x0).detach(), x0_real, x0_fake))
+    s, r, f = (codmd.relation_matrix(x.flatten(1)) for x in (video(x0).detach(), x0_teacher, x0_fake))
     figure, axes = panels(3)
     for axis, matrix, name in ((axes[0], s, "student's cosines"), (axes[1], (s - (f - r)), "moved from fake to real")):
         axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2)

@@ -5,20 +5,14 @@
 The other flags are dmd2.py's. The run folder is like a script's, for experiments/evidence.py and curves.py.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
-
-from harness.flags import launch  # noqa: E402
-
-import dmd2  # noqa: E402
-from dmd2 import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
+import dmd2
+from dmd2 import RECIPES, Args, sample_student  # noqa: F401  (experiments/evidence.py samples with it)
+from training.flags import launch
 
 
 def main(args):
     dmd2.__file__ = __file__
-    dmd2.dmd_gradient = lambda x0, x0_real, x0_fake: x0_fake - x0_real
+    dmd2.dmd_gradient = lambda x0, x0_teacher, x0_fake: x0_fake - x0_teacher
     dmd2.main(args)
 
 

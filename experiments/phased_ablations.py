@@ -7,18 +7,13 @@
 The other flags are phased_dmd.py's. The run folder is like a script's, for experiments/evidence.py.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from einops import rearrange
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
-
-from harness.flags import launch  # noqa: E402
-
-import phased_dmd  # noqa: E402
-from phased_dmd import RECIPES, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
+import phased_dmd
+from phased_dmd import RECIPES, sample_student  # noqa: F401  (experiments/evidence.py samples with it)
+from training.flags import launch
 
 flow_loss, sample_sigma, rollout, student_loss = (
     getattr(phased_dmd, name) for name in ("flow_loss", "sample_sigma", "rollout", "student_loss")
@@ -37,10 +32,10 @@ class Args(phased_dmd.Args):
     """Use the paper's gradient (eq. 10); it differs from DMD's by a positive factor per sample."""
 
 
-def velocity_gradient(x0_real, x0_fake, sigma, s):
+def velocity_gradient(x0_teacher, x0_fake, sigma, s):
     """The paper's gradient with respect to x_s (eq. 10). All [b, c, f, h, w], float32."""
     t = rearrange(sigma, "b -> b 1 1 1 1")
-    return (1 - t) ** 2 / ((1 - s) * t) * (x0_fake - x0_real) / t  # v_real - v_fake = (x0_fake - x0_real) / t
+    return (1 - t) ** 2 / ((1 - s) * t) * (x0_fake - x0_teacher) / t  # v_real - v_fake = (x0_fake - x0_teacher) / t
 
 
 def sigma_below(rng, shift, s, top, lowest, highest):
@@ -59,11 +54,11 @@ def main(args):
         last.update(x_s=x_s, end=arguments[4][-1])  # of its noise levels the last is the phase's end
         return x_s, x0
 
-    def kept_sigma(rng, shift, floor, *score_times):
+    def kept_sigma(rng, shift, floor, *score_sigmas):
         if args.disjoint_times:
-            sigma = sigma_below(rng, shift, floor, starts[last["end"]], *score_times)
+            sigma = sigma_below(rng, shift, floor, starts[last["end"]], *score_sigmas)
         else:
-            sigma = sample_sigma(rng, shift, floor, *score_times)
+            sigma = sample_sigma(rng, shift, floor, *score_sigmas)
         last["sigma"] = sigma
         return sigma
 

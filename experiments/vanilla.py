@@ -7,19 +7,14 @@ carry it, which costs the memory of all. The rest is dmd2.py, its flags too. The
 experiments/evidence.py.
 """
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/…` finds the scripts
+import torch
 
-from harness.flags import launch  # noqa: E402
-
-import torch  # noqa: E402
-
-import dmd2  # noqa: E402
-from dmd2 import RECIPES, Args, sample_student  # noqa: E402, F401  (experiments/evidence.py samples with it)
-from harness.files import Fatal  # noqa: E402
+import dmd2
+from dmd2 import RECIPES, Args, sample_student  # noqa: F401  (experiments/evidence.py samples with it)
+from training.files import UserError
+from training.flags import launch
 
 
 def rollout(student, rng, cond, shape, sigmas):
@@ -33,9 +28,9 @@ def rollout(student, rng, cond, shape, sigmas):
 
 def main(args):
     if args.student_input == "data":
-        raise Fatal("--student-input data takes one step, so there is nothing to go back through: leave it out")
+        raise UserError("--student-input data takes one step, so there is nothing to go back through: leave it out")
     if args.frame_block:
-        raise Fatal("--frame-block: the gradient through all steps is here for all frames at once: leave it out")
+        raise UserError("--frame-block: the gradient through all steps is here for all frames at once: leave it out")
     dmd2.__file__ = __file__  # the run is named after, and keeps the source of, this file
     # whatever the exit step, all noise levels
     dmd2.rollout = lambda student, rng, cond, shape, *_: rollout(student, rng, cond, shape, args.student_sigmas)

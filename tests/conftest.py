@@ -1,7 +1,5 @@
 """Short real runs on the tiny teacher, in this process or under torchrun."""
 
-from harness.flags import with_recipe
-
 import gc
 import os
 import signal
@@ -17,9 +15,10 @@ from safetensors.torch import load_file
 import common
 import dfd
 import dmd
-from harness.files import Fatal
-from harness.run import Run
 from tests.ranks import on_ranks
+from training.files import UserError
+from training.flags import with_recipe
+from training.run import Run
 
 # sums in another order are other bits: one thread, here and in what the tests start
 torch.set_num_threads(1)
@@ -33,7 +32,7 @@ SMALL = {
 PAIRS = {"num_samples": 4, "pair_steps": 2}  # dmd.py alone solves them on the tiny teacher
 
 
-LONGEST = ("mains", "runs", "families", "phased_dmd", "adapters", "compute", "causal", "evidence", "cluster", "sample")
+LONGEST = ("mains", "runs", "models", "phased_dmd", "adapters", "compute", "causal", "evidence", "cluster", "sample")
 
 
 def pytest_collection_modifyitems(items):
@@ -129,10 +128,10 @@ def process_group():
 
 @pytest.fixture
 def fails():
-    """Run the function; it must end in a Fatal with the words, in one line, and this exit code."""
+    """Run the function; it must end in a UserError with the words, in one line, and this exit code."""
 
     def check(function, *words, code=2):
-        with pytest.raises(Fatal) as stop:
+        with pytest.raises(UserError) as stop:
             function()
         line = str(stop.value)
         assert stop.value.code == code and "\n" not in line and all(word in line for word in words), line

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 import common
-from families.wan import Wan
+from models.wan import Wan
 
 COND = {"text": torch.zeros(1, 1, 1)}
 
 
 class Grid:
-    """Stands in for common.Draws where the expectation over u is wanted: u on a fine grid."""
+    """Stands in for common.SampleRNG where the expectation over u is wanted: u on a fine grid."""
 
     def __init__(self, n):
         self.n = n
@@ -22,7 +22,7 @@ class Grid:
 class Whole(nn.Module):
     """A network that denoises all frames at once."""
 
-    in_turn, remember = Wan.in_turn, Wan.remember
+    chunks, remember = Wan.chunks, Wan.update_cache
 
 
 class Gaussian(Whole):
@@ -51,4 +51,4 @@ class ScaleShift(Whole):
 
 
 def draws(stream, n):
-    return common.Draws(0, stream, range(n), torch.device("cpu"))
+    return common.SampleRNG(0, stream, range(n), torch.device("cpu"))

@@ -23,10 +23,10 @@ def student_gradient():
     common.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(0)
-    z, x0_real, x0_fake = (torch.randn(8, 4, 3, 2, 2, generator=g).chunk(world)[rank] for _ in range(3))
+    z, x0_teacher, x0_fake = (torch.randn(8, 4, 3, 2, 2, generator=g).chunk(world)[rank] for _ in range(3))
     w = torch.eye(4).requires_grad_()
     x0 = torch.einsum("oc,bcfhw->bofhw", w, z)
-    codmd.relation_loss(x0, x0_real, x0_fake, 1.0, 0.0, 0.1).backward()
+    codmd.relation_loss(x0, x0_teacher, x0_fake, 1.0, 0.0, 0.1).backward()
     dist.all_reduce(w.grad)
     return w.grad / world
 

@@ -19,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # file: (tests that must notice, [(passage, what replaces it, which of its occurrences)])
 MAINS = "tests/test_mains.py -k"
-SIGMA = "sigma = sample_sigma(rng, args.shift, *args.score_times)"
+SIGMA = "sigma = sample_sigma(rng, args.shift, *args.score_sigmas)"
 FAKE = "x0_fake = predict_x0(fake_score, x_t, sigma, cond)"
-REAL = "x0_real = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)"
+REAL = "x0_teacher = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)"
 BACKWARD = "(loss / args.grad_accum).backward()"
 STREAM = 'data.micro_batches("fake_score", step'
 SHARED = [  # lines that dmd.py and its descendants share
-    ("dmd_gradient(x0, x0_real, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_real)\n                loss", 1),
+    ("dmd_gradient(x0, x0_teacher, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_teacher)\n                loss", 1),
     (FAKE, FAKE.replace("fake_score", "teacher"), 1),
     (REAL, REAL.replace("teacher", "fake_score"), 1),
     (REAL, REAL.replace("args.guidance_scale", "1.0"), 1),
@@ -51,7 +51,7 @@ SHARED = [  # lines that dmd.py and its descendants share
 ]  # fmt: skip
 TIMES = [
     (SIGMA, SIGMA.replace(own, other), which)
-    for own, other in (("args.shift", "1.0"), (", *args.score_times", "")) for which in (1, 2)
+    for own, other in (("args.shift", "1.0"), (", *args.score_sigmas", "")) for which in (1, 2)
 ]  # fmt: skip
 GAN = [
     ("discriminator_loss(logits_fake, fake_score.heads(features))", "discriminator_loss(fake_score.heads(features), logits_fake)", 1),
@@ -75,7 +75,7 @@ COMMON = (
     "tests/test_phased_dmd.py tests/test_mains.py"
 )
 COIN = 'x_t = add_noise(x0_data() if shared.uniform("coin") < args.data_prob else x0, noise, sigma)'
-RELATION = "relation_loss(x0, x0_real, x0_fake, *weights)"
+RELATION = "relation_loss(x0, x0_teacher, x0_fake, *weights)"
 MUTANTS = {
     "dmd.py": (f"{MAINS} test_dmd and not dmd2", [*(m for m in SHARED), *TIMES,
         ("x0 = rollout(student, rng", "x0 = rollout(ema, rng", 2),
@@ -96,19 +96,19 @@ MUTANTS = {
         (COIN, COIN.replace("noise, sigma", "rng.normal(shape), sigma"), 1),
         (COIN, COIN.replace("noise, sigma", "noise, 1 - sigma"), 1),
         (COIN, COIN.replace('shared.uniform("coin") < args.data_prob', "args.data_prob"), 1),
-        (COIN, COIN.replace("shared.uniform", "common.SharedDraws(args.seed, 7 * step + micro).uniform"), 1),
+        (COIN, COIN.replace("shared.uniform", "common.SharedRNG(args.seed, 7 * step + micro).uniform"), 1),
         (COIN, COIN.replace('"coin"', '"exit"'), 1),
         (COIN, COIN.replace("x0_data() if", "x0 if").replace("else x0", "else x0_data()"), 1),
         (FAKE + "\n                    " + COIN, COIN + "  #\n                    " + FAKE, 1),
-        ("grad = dmd_gradient(x0, x0_real, x0_fake)\n                loss", 'grad = dmd_gradient(x0, x0_real, x0_fake) * (-1) ** (shared.uniform("coin") < args.data_prob)\n                loss', 1),
+        ("grad = dmd_gradient(x0, x0_teacher, x0_fake)\n                loss", 'grad = dmd_gradient(x0, x0_teacher, x0_fake) * (-1) ** (shared.uniform("coin") < args.data_prob)\n                loss', 1),
         (REAL, REAL + "\n                    x0_own = guided_x0(teacher, add_noise(x0, noise, sigma), sigma, cond, null_cond, args.guidance_scale)\n"
-               "                    x0_real = x0 - (x0 - x0_real) * ((x0 - x0_own).abs().mean((1, 2, 3, 4), True) / (x0 - x0_real).abs().mean((1, 2, 3, 4), True))", 1),
+               "                    x0_teacher = x0 - (x0 - x0_teacher) * ((x0 - x0_own).abs().mean((1, 2, 3, 4), True) / (x0 - x0_teacher).abs().mean((1, 2, 3, 4), True))", 1),
         (REAL, "x_own = add_noise(x0, noise, sigma)\n                    uncond = predict_x0(teacher, x_own, sigma, {'text': null_cond['text'].expand_as(cond['text'])})\n"
-               "                    x0_real = uncond + args.guidance_scale * (predict_x0(teacher, x_t, sigma, cond) - uncond)", 1),
-        ("dmd_gradient(x0, x0_real, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_real)\n                loss", 1),
+               "                    x0_teacher = uncond + args.guidance_scale * (predict_x0(teacher, x_t, sigma, cond) - uncond)", 1),
+        ("dmd_gradient(x0, x0_teacher, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_teacher)\n                loss", 1),
     ]),
     "codmd.py": (f"{MAINS} test_codmd", [
-        (RELATION, RELATION.replace("x0_real, x0_fake", "x0_fake, x0_real"), 1),
+        (RELATION, RELATION.replace("x0_teacher, x0_fake", "x0_fake, x0_teacher"), 1),
         (RELATION, RELATION.replace("x0,", "x_t,"), 1),
         (RELATION, RELATION.replace("x0,", "add_noise(x0, noise, sigma),"), 1),
         ("loss + args.relation_weight * relation", "loss + 2 * args.relation_weight * relation", 1),
@@ -116,15 +116,15 @@ MUTANTS = {
         ('reduce(x, "b c f h w -> b f c", "mean")', 'reduce(x, "b c f h w -> b f c", "max")', 1),
         ("(args.sample_relation, args.frame_relation,", "(args.frame_relation, args.sample_relation,", 1),
         ("(s - (f - r))", "(s - (r - f))", 1),
-        ("dmd_gradient(x0, x0_real, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_real)\n                loss", 1),
+        ("dmd_gradient(x0, x0_teacher, x0_fake)\n                loss", "dmd_gradient(x0, x0_fake, x0_teacher)\n                loss", 1),
     ]),
     "phased_dmd.py": (f"{MAINS} test_phased", [
         ("students = dict(zip(args.phase_ends, [*experts, student]))", "students = dict(zip(args.phase_ends, [student] * phases))", 1),
         ('1 + int(shared.uniform("exit") * len(own))', "1", 1),
         ('1 + int(shared.uniform("exit") * len(own))', "len(own)", 1),
         ("loss = student_loss(x0, grad)", "loss = student_loss(x_s, grad)", 1),
-        ("dmd_gradient(x0, x0_real, x0_fake)\n", "dmd_gradient(x_s, x0_real, x0_fake)\n", 1),
-        ("dmd_gradient(x0, x0_real, x0_fake)\n", "dmd_gradient(x0, x0_fake, x0_real)\n", 1),
+        ("dmd_gradient(x0, x0_teacher, x0_fake)\n", "dmd_gradient(x_s, x0_teacher, x0_fake)\n", 1),
+        ("dmd_gradient(x0, x0_teacher, x0_fake)\n", "dmd_gradient(x0, x0_fake, x0_teacher)\n", 1),
         ("            student_optimizer.state.clear()\n", "", 1),
         ("            fake_score_optimizer.state.clear()\n", "", 1),
         (BACKWARD, "loss.backward()", 1),
@@ -142,42 +142,42 @@ MUTANTS = {
     ]),
     "experiments/phased_ablations.py": (f"{MAINS} test_phased", [
         ("velocity_gradient(real, fake, last", "velocity_gradient(fake, real, last", 1),
-        ("* (x0_fake - x0_real) / t ", "* (x0_fake - x0_real) ", 1),
+        ("* (x0_fake - x0_teacher) / t ", "* (x0_fake - x0_teacher) ", 1),
         ("(1 - t) ** 2 / ((1 - s) * t)", "1 / ((1 - s) * t)", 1),
         ("student_loss(last[\"x_s\"], grad)", "student_loss(x0, grad)", 1),
         ("noise, sigma, 0)", "noise, sigma, s)", 1),
-        ('starts[last["end"]], *score_times)', "1.0, *score_times)", 1),
+        ('starts[last["end"]], *score_sigmas)', "1.0, *score_sigmas)", 1),
         ('last["sigma"], last["end"])', 'last["sigma"], 0.0)', 1),
     ]),
-    "families/wan.py": ("tests/test_runs.py tests/test_dmd2.py", [
+    "models/wan.py": ("tests/test_runs.py tests/test_dmd2.py", [
         ("timestep = 1000 * sigma.float()", "timestep = (1000 * sigma).bfloat16()", 1),
         ("timestep = 1000 * sigma.float()", "timestep = 999 * sigma.float()", 1),
         ("[features[i] for i in read]", "list(features.values())", 1),
         ("                hook.remove()", "                pass", 1),
     ]),
-    "families/wan_i2v.py": ("tests/test_families.py", [
+    "models/wan_i2v.py": ("tests/test_families.py", [
         ("torch.cat([x_t, cond[\"image\"]], dim=1)", "torch.cat([cond[\"image\"], x_t], dim=1)", 1),
         ("mask[:, :, 0] = 1", "mask[:] = 1", 1),
         ("hidden_states[-2]", "hidden_states[-1]", 1),
         ("frames - 1, *images.shape[3:]), 0.5)", "frames - 1, *images.shape[3:]), 0.0)", 1),
         ("return cond[\"image\"][:, 4:, :1]", "return cond[\"image\"][:, 4:, 1:2]", 1),
     ]),
-    "families/wan_experts.py": ("tests/test_families.py", [
+    "models/wan_experts.py": ("tests/test_families.py", [
         ("high = sigma >= self.boundary", "high = sigma > 1 - self.boundary", 1),
         ("part * weight", "part", 1),
     ]),
-    "families/wan_5b.py": ("tests/test_families.py", [
+    "models/wan_5b.py": ("tests/test_families.py", [
         ("level[:, 0] = 0", "pass", 1),
         ("x = torch.cat([first, x_t[:, :, 1:]], dim=2)", "x = x_t", 1),
         ("(x_t[:, :, :1] - first) / sigma", "(first - x_t[:, :, :1]) / sigma", 1),
     ]),
-    "families/cosmos.py": ("tests/test_families.py", [
+    "models/cosmos.py": ("tests/test_families.py", [
         ("level[:, :, :known], mask[:, :, :known] = 1e-4, 1", "mask[:, :, :known] = 1", 1),
         ("level[:, :, :known], mask[:, :, :known] = 1e-4, 1", "level[:, :, :known] = 1e-4", 1),
         ("F.gelu(text)", "text", 1),
         ("transformer.crossattn_proj.forward = lambda text: text", "pass", 1),
     ]),
-    "families/wan_causal.py": ("tests/test_causal.py", [
+    "models/wan_causal.py": ("tests/test_causal.py", [
         ("angle[0, -tokens:, 0] for angle", "angle[0, :tokens, 0] for angle", 1),
         ("if rotary_emb.past:", "if False:", 1),
         ("if rope.start + f == self.frames:", "if False:", 1),
@@ -188,17 +188,17 @@ MUTANTS = {
         ("rope.start, rope.past, rope.new = 0, (), None", "pass", 1),
         ("    @torch.no_grad()\n    def remember", "    def remember", 1),
     ]),
-    "families/qwen_image.py": ("tests/test_families.py", [
+    "models/qwen_image.py": ("tests/test_families.py", [
         ("cond[\"text\"].any(dim=-1),", "cond[\"text\"].any(dim=-1) | True,", 1),
         ("(c p q)\", p=2, q=2)", "(p q c)\", p=2, q=2)", 1),
     ]),
-    "families/images.py": ("tests/test_families.py", [
+    "models/images.py": ("tests/test_families.py", [
         ("int(path.stem)] = path", "int(path.stem) - 1] = path", 1),
         ("image = ImageOps.exif_transpose(file)", "image = file", 1),
         ("rearrange(pixels, \"h w c -> c 1 h w\")", "rearrange(pixels.flip(2), \"h w c -> c 1 h w\")", 1),
     ]),
-    "families/text.py": ("tests/test_runs.py", [("len(row) > length", "len(row) >= length", 1)]),
-    "families/latents.py": (COMMON, [
+    "models/text.py": ("tests/test_runs.py", [("len(row) > length", "len(row) >= length", 1)]),
+    "models/latents.py": (COMMON, [
         ("return (latents.float() - mean) / std", "return (latents.float() + mean) / std", 1),
         ("(latents * std + mean)", "(latents * std)", 1),
     ]),
@@ -215,29 +215,29 @@ MUTANTS = {
         ("READER.submit(self.latents, numbers) if", "READER.submit(self.latents, range(len(numbers))) if", 1),
         ("READER.submit(self.latents, numbers))", "READER.submit(self.latents, range(len(numbers))))", 1),
     ]),
-    "families/adapters.py": ("tests/test_adapters.py tests/test_phased_dmd.py", [
+    "models/adapters.py": ("tests/test_adapters.py tests/test_phased_dmd.py", [
         ("p.shape[1] ** -0.5 if", "2 * p.shape[1] ** -0.5 if", 1),
         ("layer._active_adapter = was", "pass", 1),
         ("turned_on(self.network[0], [self.adapter_name])", "turned_on(self.network[0], [])", 1),
         ("requires_grad_(trained)", "requires_grad_(True)", 1),
     ]),
-    "families/compute.py": ("tests/test_adapters.py tests/test_compute.py", [
+    "models/compute.py": ("tests/test_adapters.py tests/test_compute.py", [
         ("with turned_on(block, on):\n                return", "return", 1),
         ("if blocks.index(block) % every:", "if False:", 1),
         ("transformer.compile_repeated_blocks()", "pass", 1),
         ("transformer.set_attention_backend(attention)", "pass", 1),
     ]),
-    "harness/checkpoints.py": (COMMON, [
+    "training/checkpoints.py": (COMMON, [
         (", copy=True)", ")", 1),
         ("state |= {f\"{name}_optimizer.{k}\": v", "{f\"{name}_optimizer.{k}\": v", 1),
         ("common.ema_update(networks[\"ema\"], networks[\"student\"], 0)", "pass", 1),
         ("return max(runs, key", "return min(runs, key", 1),
     ]),
-    "harness/run.py": (COMMON, [
+    "training/run.py": (COMMON, [
         ("(packed / dist.get_world_size())", "packed", 1),
         ("load_init(self.init, networks, self.args)", "pass", 1),
     ]),
-    "harness/preview.py": (MAINS.removesuffix(" -k"), [
+    "training/preview.py": (MAINS.removesuffix(" -k"), [
         ("number // self.seeds", "number % self.seeds", 1),
     ]),
     "evaluation/vbench.py": ("tests/test_eval_vbench.py", [

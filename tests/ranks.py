@@ -3,8 +3,6 @@
 torchrun itself starts the processes of test_runs.py, test_make_shards.py, test_eval_vbench.py and test_cluster.py.
 """
 
-from harness.flags import with_recipe  # noqa: F401  (before torch)
-
 import multiprocessing
 import os
 import runpy
@@ -22,10 +20,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from training.flags import with_recipe  # noqa: F401  (before torch)
+
 # imported by the process that all ranks are forked from
 SCRIPTS = {name: import_module(name) for name in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")}
 for family in ("wan", "wan_causal", "wan_experts", "wan_5b", "wan_i2v", "cosmos", "qwen_image"):
-    import_module(f"families.{family}")
+    import_module(f"models.{family}")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks"])

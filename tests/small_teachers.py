@@ -29,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from families.presets import PRESETS
+from models.presets import PRESETS
 
 TINY = PRESETS["tiny"].source
 

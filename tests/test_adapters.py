@@ -14,10 +14,10 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families.adapters import layers_with_loras, turned_on
-from families.presets import PRESETS
-from harness.checkpoints import save_weights
+from models.adapters import layers_with_loras, turned_on
+from models.presets import PRESETS
 from tests.conftest import distance, only_run, same, small_args, state_of, stopped, student_weights, train_on_ranks
+from training.checkpoints import save_weights
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 RANKS = {"lora_rank": 2, "fake_lora_rank": 3, "lora_alpha": 4.0}

@@ -3,8 +3,6 @@
 The teacher here is a small random Wan, so no part of it is taken for the tiny world; only its size is passed.
 """
 
-from harness.flags import with_recipe
-
 import shutil
 
 import pytest
@@ -16,8 +14,9 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families.presets import PRESETS
+from models.presets import PRESETS
 from tests.conftest import only_run
+from training.flags import with_recipe
 
 # what makes a run of Wan's recipe small, and nothing else
 SIZE = {"frames": 9, "height": 32, "width": 32, "steps": 2, "grad_accum": 1, "teacher_steps": 2, "num_samples": 2}

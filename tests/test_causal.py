@@ -1,7 +1,5 @@
 """The causal student: its network against stock ones, its rollout's gradient, whole runs of the scripts on it."""
 
-from harness.flags import parse_args, with_recipe
-
 import dataclasses
 import json
 import sys
@@ -20,15 +18,16 @@ import dmd2
 import eval_vbench
 import phased_dmd
 from experiments import evidence
-from families.wan import Wan
-from families.wan_causal import CausalWan
-from harness.finished import load_run, students_of
-from harness.media import read_video
+from models.wan import Wan
+from models.wan_causal import CausalWan
 from tests.conftest import on_ranks, only_run, same, small_args, student_weights
 from tests.ranks import train_all
 from tests.small_teachers import awake
 from tiny import measures, world
 from tools import ode_init
+from training.finished import load_run, students_of
+from training.flags import parse_args, with_recipe
+from training.media import read_video
 
 CPU = torch.device("cpu")
 SHAPE, FRAMES, BLOCK = (8, 9, 4, 4), 9, 3
@@ -63,7 +62,7 @@ def videos(n, frames=FRAMES):
 def test_one_block_is_the_stock_network(cond):
     """To the bit, and the weights have its names."""
     (x_t,), sigma, network = videos(1), torch.tensor([0.4, 0.9]), causal(FRAMES)
-    (whole,) = network.in_turn(x_t)
+    (whole,) = network.chunks(x_t)
     assert torch.equal(network(whole, sigma, cond), Wan(transformer())(x_t, sigma, cond))
     assert network.state_dict().keys() == Wan(transformer()).state_dict().keys()
 
@@ -76,7 +75,7 @@ def test_kept_keys_and_values_are_the_masked_network(cond):
     masked = SkyReelsV2Transformer3DModel(**config, num_frame_per_block=BLOCK)
     masked.load_state_dict(stock.state_dict())
     (clean, noisy), sigma, network = videos(2), torch.tensor([0.4, 0.9]), causal()
-    blocks = network.in_turn(noisy)
+    blocks = network.chunks(noisy)
     assert len(blocks) == 3
     for k, x_t in enumerate(blocks):
         before = BLOCK * k
@@ -87,7 +86,7 @@ def test_kept_keys_and_values_are_the_masked_network(cond):
         assert (ours - theirs[:, :, before : before + BLOCK]).abs().max() < 1e-5
         without = Wan(stock)(x, sigma, cond)[:, :, before : before + BLOCK]
         assert (ours - without).abs().max() > 0.01, "the mask matters"
-        network.remember(clean[:, :, before : before + BLOCK], cond)
+        network.update_cache(clean[:, :, before : before + BLOCK], cond)
 
 
 @torch.no_grad()
@@ -100,9 +99,9 @@ def test_kept_frames_are_the_last_ones(cond):
     def third(kept, first):
         network = causal(1, dtype=torch.float64)
         network.kept_frames, out = kept, None
-        for x_t, x0 in zip(network.in_turn(noisy[:, :, :4]), [first, *clean[:, :, 1:4].split(1, 2)], strict=True):
+        for x_t, x0 in zip(network.chunks(noisy[:, :, :4]), [first, *clean[:, :, 1:4].split(1, 2)], strict=True):
             out = network(x_t, sigma, cond)
-            network.remember(x0, cond)
+            network.update_cache(x0, cond)
         return out, [sum(key.shape[1] for key, _ in blocks) for blocks in network.transformer.rope.past]
 
     first, other = clean[:, :, :1], noisy[:, :, 8:]
@@ -113,19 +112,19 @@ def test_kept_frames_are_the_last_ones(cond):
     # one frame back, layer by layer: three layers see at most three frames back through what was kept
     assert not torch.equal(few, every)
     network = causal(1, dtype=torch.float64)
-    x_t, *_ = network.in_turn(noisy[:, :, :2])
-    network.remember(clean[:, :, 2:3], cond)
+    x_t, *_ = network.chunks(noisy[:, :, :2])
+    network.update_cache(clean[:, :, 2:3], cond)
     early = network(noisy[:, :, 3:4], sigma, cond)
     network.transformer.rope.start = 1
     late = causal(1, dtype=torch.float64)
-    late.in_turn(noisy[:, :, :9])
+    late.chunks(noisy[:, :, :9])
     late.transformer.rope.start = 5
-    late.remember(clean[:, :, 2:3], cond)
+    late.update_cache(clean[:, :, 2:3], cond)
     torch.testing.assert_close(late(noisy[:, :, 3:4], sigma, cond), early, atol=1e-5, rtol=1e-4)
 
 
 def rollout(network, cond, sigmas=(1.0, 0.9, 0.75)):
-    return dmd2.rollout(network, common.Draws(0, "student", range(2), CPU), cond, SHAPE, sigmas)
+    return dmd2.rollout(network, common.SampleRNG(0, "student", range(2), CPU), cond, SHAPE, sigmas)
 
 
 def test_the_gradient_is_that_of_the_exit_steps(cond, monkeypatch):
@@ -220,7 +219,7 @@ def test_scripts_train_resume_and_export_it(script, tmp_path):
     text = common.encode_text(model, ["a red circle"], tmp_path / "cache", CPU).cond_of([0])
     student.kept_frames, shape = 4, (8, 10, 8, 8)
     with torch.no_grad():
-        video = own.sample_student([student], common.Draws(0, "long", [0], CPU), text, shape, own_args)
+        video = own.sample_student([student], common.SampleRNG(0, "long", [0], CPU), text, shape, own_args)
     assert video.shape == (1, *shape) and video.isfinite().all()
     assert sum(key.shape[1] for key, _ in student.transformer.rope.past[0]) == 4 * 16
     WanPipeline.from_pretrained(model.folder, transformer=WanTransformer3DModel.from_pretrained(

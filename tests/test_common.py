@@ -1,7 +1,5 @@
 """common.py's data: random draws, shards, prompts."""
 
-from harness.flags import one_line_errors
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,30 +9,31 @@ import torch
 
 import common
 import dmd
-from harness.files import Fatal, hashed, write_shard, written_aside
-from harness.samples import teacher_samples
 from tests.conftest import small_args
 from tests.test_runs import make_shard
+from training.files import UserError, hashed, write_shard, written_aside
+from training.flags import one_line_errors
+from training.samples import teacher_samples
 
 CPU = torch.device("cpu")
 
 
 def test_draws_are_functions_of_seed_stream_and_sample():
-    whole = common.Draws(3, "student", range(6), CPU)
-    parts = [common.Draws(3, "student", range(i, i + 2), CPU) for i in (0, 2, 4)]
+    whole = common.SampleRNG(3, "student", range(6), CPU)
+    parts = [common.SampleRNG(3, "student", range(i, i + 2), CPU) for i in (0, 2, 4)]
     assert torch.equal(whole.normal((2, 3)), torch.cat([part.normal((2, 3)) for part in parts]))
     assert torch.equal(whole.uniform(), torch.cat([part.uniform() for part in parts]))
-    first = common.Draws(3, "student", [0], CPU).normal((4,))
+    first = common.SampleRNG(3, "student", [0], CPU).normal((4,))
     for other in (
-        common.Draws(4, "student", [0], CPU),
-        common.Draws(3, "fake_score", [0], CPU),
-        common.Draws(3, "student", [1], CPU),
+        common.SampleRNG(4, "student", [0], CPU),
+        common.SampleRNG(3, "fake_score", [0], CPU),
+        common.SampleRNG(3, "student", [1], CPU),
     ):
         assert not torch.equal(first, other.normal((4,)))
 
 
 def test_draws_are_standard_normal_and_uniform():
-    rng = common.Draws(0, "x", range(2000), CPU)
+    rng = common.SampleRNG(0, "x", range(2000), CPU)
     z, u = rng.normal((50,)), rng.uniform()
     assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
     assert abs(torch.corrcoef(z[:, :2].T)[0, 1]) < 0.1 and abs(torch.corrcoef(z[:2])[0, 1]) < 0.5
@@ -152,7 +151,7 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
 
 def test_a_line_is_printed_once_a_machine_unless_one_rank_alone_meets_it(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for error, line in ((Fatal("everybody's"), ""), (Fatal("mine", code=1, alone=True), "error: mine\n")):
+    for error, line in ((UserError("everybody's"), ""), (UserError("mine", code=1, alone=True), "error: mine\n")):
         assert not capsys.readouterr().err, "making an error prints nothing"
         with pytest.raises(SystemExit) as stop, one_line_errors():
             raise error

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import dmd2
-from families.presets import PRESETS
+from models.presets import PRESETS
 from tests.conftest import distance, only_run, small_args, student_weights, train_on_ranks
 
 TEACHER = load_file(f"{PRESETS['tiny'].source}/transformer/diffusion_pytorch_model.safetensors")

@@ -1,7 +1,5 @@
 """tools/cost.py: its table against real steps, its parameters, FLOPs and activations against counts by hand."""
 
-from harness.flags import parse_args, with_recipe
-
 import re
 import sys
 from collections import Counter
@@ -17,6 +15,7 @@ import dmd2
 import phased_dmd
 from tests.conftest import small_args
 from tools import cost
+from training.flags import parse_args, with_recipe
 
 
 def costs(script, **flags):
@@ -94,13 +93,13 @@ def test_the_table_is_what_a_run_runs(tmp_path, monkeypatch, script, flags):
     counts, asked = Counts(monkeypatch), []
     script_args = small_args(script, runs_dir=tmp_path, steps=steps, save_every=steps, **flags)
 
-    def in_turn(shared, stream):
+    def chunks(shared, stream):
         _, step = shared.key
         if stream == "exit":
             asked.append(step)
         return (step // script_args.student_every % turns + 0.5) / turns
 
-    monkeypatch.setattr(common.SharedDraws, "uniform", in_turn)
+    monkeypatch.setattr(common.SharedRNG, "uniform", chunks)
     # only training is counted, not the pairs before it
     restore = script.Run.restore
     monkeypatch.setattr(script.Run, "restore", lambda *args: (restore(*args), counts.samples.clear()))

@@ -13,9 +13,9 @@ from torch import nn
 import common
 import dfd
 import dmd2
-from harness.checkpoints import find_init
 from tests.conftest import distance, only_run, same, small_args, student_weights, train_on_ranks
 from tests.exact import COND, Gaussian, Whole, draws
+from training.checkpoints import find_init
 
 SCORE_SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
 
@@ -39,7 +39,7 @@ def fixed_point(data_prob, student_sigma, paired, steps=800):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     path = []
     for step in range(steps):
-        rng, shared = draws(f"dfd {step}", n), common.SharedDraws(0, step)
+        rng, shared = draws(f"dfd {step}", n), common.SharedRNG(0, step)
         x0_data = rng.normal(shape)
         x0 = dfd.rollout(student, rng, COND, shape, (student_sigma,), x0_data if paired else None)
         with torch.no_grad():
@@ -47,9 +47,9 @@ def fixed_point(data_prob, student_sigma, paired, steps=800):
             x_t = dfd.add_noise(x0, noise, sigma)
             x0_fake = dfd.predict_x0(Gaussian(0.0, student.theta), x_t, sigma, COND)
             x_t = dfd.add_noise(x0_data if shared.uniform("coin") < data_prob else x0, noise, sigma)
-            x0_real = dfd.predict_x0(Gaussian(0.0, 1.0), x_t, sigma, COND)
-            weight = (x0 - x0_real).abs().mean((1, 2, 3, 4), keepdim=True)
-            grad = dfd.dmd_gradient(x0, x0_real, x0_fake) * weight
+            x0_teacher = dfd.predict_x0(Gaussian(0.0, 1.0), x_t, sigma, COND)
+            weight = (x0 - x0_teacher).abs().mean((1, 2, 3, 4), keepdim=True)
+            grad = dfd.dmd_gradient(x0, x0_teacher, x0_fake) * weight
         optimizer.zero_grad()
         dfd.student_loss(x0, grad).backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def test_fixed_point_with_the_student_reading_the_noised_clip(data_prob, student
 
 
 def test_the_identity_behind_it():
-    """x0_fake(x_t) - x0_real(x_t_data) = (x0 - x0_data) + sigma^2 / (1 - sigma) * (score_fake - score_real)."""
+    """x0_fake(x_t) - x0_teacher(x_t_data) = (x0 - x0_data) + sigma^2 / (1 - sigma) * (score_fake - score_real)."""
     x0, x0_data, noise = torch.randn(3, 5, 1, 1, 1, 1, dtype=torch.float64)
     sigma, std = torch.full((5,), 0.4, dtype=torch.float64), 0.6
     x_t, x_t_data = dfd.add_noise(x0, noise, sigma), dfd.add_noise(x0_data, noise, sigma)
@@ -109,7 +109,7 @@ def test_data_prob_0_is_dmd2_bit_for_bit(tmp_path, student_input):
 
 
 def test_the_coin_is_a_function_of_the_step_and_fair():
-    shared = [common.SharedDraws(0, step) for step in range(4000)]
+    shared = [common.SharedRNG(0, step) for step in range(4000)]
     coins = [draw.uniform("coin") < 0.25 for draw in shared]
     assert coins == [draw.uniform("coin") < 0.25 for draw in shared]
     assert sum(coins) / len(coins) == pytest.approx(0.25, abs=0.02)

@@ -1,15 +1,14 @@
 """The mathematics of dmd.py, against answers that are known exactly."""
 
-from harness.flags import with_recipe
-
 import math
 
 import pytest
 import torch
 
 import dmd
-from families.presets import PRESETS
+from models.presets import PRESETS
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
+from training.flags import with_recipe
 
 
 def test_student_loss_has_the_gradient_it_is_given():
@@ -22,10 +21,10 @@ def test_student_loss_has_the_gradient_it_is_given():
 def test_dmd_gradient_by_hand():
     """Eq. 7 and 8 on numbers small enough to do on paper; the mean is over each sample alone."""
     x0 = torch.tensor([[1.0, 3.0], [0.0, 0.0]]).view(2, 2, 1, 1, 1)
-    x0_real = torch.tensor([[0.0, 1.0], [4.0, 4.0]]).view(2, 2, 1, 1, 1)
+    x0_teacher = torch.tensor([[0.0, 1.0], [4.0, 4.0]]).view(2, 2, 1, 1, 1)
     x0_fake = torch.tensor([[3.0, 1.0], [2.0, 4.0]]).view(2, 2, 1, 1, 1)
     expected = torch.tensor([[3 / 1.5, 0.0], [-2 / 4, 0.0]]).view(2, 2, 1, 1, 1)
-    torch.testing.assert_close(dmd.dmd_gradient(x0, x0_real, x0_fake), expected)
+    torch.testing.assert_close(dmd.dmd_gradient(x0, x0_teacher, x0_fake), expected)
 
 
 def test_dmd_gradient_survives_a_perfect_sample():
@@ -88,7 +87,7 @@ def test_solver_maps_noise_to_the_gaussian():
 
 
 def test_expected_gradient_is_that_of_the_reverse_kl():
-    """1-D: E[(x0_fake - x0_real) d x0/d theta] = sigma^2 / a^2 * dKL(q_t || p_t)/d theta, at every sigma (eq. 7)."""
+    """1-D: E[(x0_fake - x0_teacher) d x0/d theta] = sigma^2 / a^2 * dKL(q_t || p_t)/d theta, at every sigma (eq. 7)."""
     n, (theta, mu), (mean, std) = 400_000, (0.6, -0.2), (0.5, 1.3)
     z = torch.randn(n, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(n, 1, 1, 1, 1, generator=torch.Generator().manual_seed(1))
@@ -97,9 +96,9 @@ def test_expected_gradient_is_that_of_the_reverse_kl():
         a, sigma = 1 - level, torch.full((n,), level)
         x_t = dmd.add_noise(x0, noise, sigma)
         x0_fake = dmd.predict_x0(Gaussian(mu, theta), x_t, sigma, COND)
-        x0_real = dmd.predict_x0(Gaussian(mean, std), x_t, sigma, COND)
+        x0_teacher = dmd.predict_x0(Gaussian(mean, std), x_t, sigma, COND)
         # undo eq. 8, which in one dimension is a weight of each sample
-        grad = dmd.dmd_gradient(x0, x0_real, x0_fake) * (x0 - x0_real).abs()
+        grad = dmd.dmd_gradient(x0, x0_teacher, x0_fake) * (x0 - x0_teacher).abs()
         for_theta, for_mu = (grad * z).mean().item(), grad.mean().item()
         fake_var, real_var = (a * theta) ** 2 + level**2, (a * std) ** 2 + level**2
         kl_theta = a**2 * theta * (1 / real_var - 1 / fake_var)
@@ -120,8 +119,8 @@ def test_student_converges_to_the_teacher():
             sigma, noise = dmd.sample_sigma(rng, 3.0), rng.normal(shape)
             x_t = dmd.add_noise(x0, noise, sigma)
             x0_fake = dmd.predict_x0(Gaussian(student.mu, student.theta), x_t, sigma, COND)
-            x0_real = dmd.predict_x0(Gaussian(mean, std), x_t, sigma, COND)
-            grad = dmd.dmd_gradient(x0, x0_real, x0_fake)
+            x0_teacher = dmd.predict_x0(Gaussian(mean, std), x_t, sigma, COND)
+            grad = dmd.dmd_gradient(x0, x0_teacher, x0_fake)
         optimizer.zero_grad()
         dmd.student_loss(x0, grad).backward()
         optimizer.step()

@@ -27,9 +27,9 @@ from eval_vbench import Args
 from evaluation import proxies, report, vbench
 from evaluation.folder import files_of
 from evaluation.ledger import Ledger
-from harness import media
 from tests.conftest import ROOT, only_run, small_args, stopped
 from tiny import world as tiny
+from training import media
 
 PROMPTS = ["a red circle", "a blue square", "a façade/with a slash", "x" * 210, "ü" * 210, ".hidden", "a red circle"]
 

@@ -1,7 +1,5 @@
 """experiments/: the figures of clips that are known, a small table, the controls, and which runs can be sampled."""
 
-from harness.flags import check_flags, with_recipe
-
 import fcntl
 import importlib
 import json
@@ -23,13 +21,14 @@ import dmd
 import dmd2
 import phased_dmd
 from experiments import evidence, evidence_runs, finetune, vanilla
-from families.presets import PRESETS
-from harness.finished import load_run, noise_levels, students_of
-from harness.run import Run
+from models.presets import PRESETS
 from tests.conftest import ROOT, only_run, same, small_args, stopped, student_weights
 from tests.exact import COND, ScaleShift, draws
 from tiny import measures
 from tiny import world as tiny
+from training.finished import load_run, noise_levels, students_of
+from training.flags import check_flags, with_recipe
+from training.run import Run
 
 
 def clips_of(seed, seeds=8):

@@ -1,7 +1,5 @@
 """tools/export.py: the card's own lines, run in stock diffusers, give the student's samples; LoRAs give its network."""
 
-from harness.flags import with_recipe
-
 import json
 import os
 import shutil
@@ -19,15 +17,16 @@ import common
 import dmd
 import dmd2
 import phased_dmd
-from families.images import read_images, to_pil
-from families.presets import PRESETS
-from harness.finished import load_run, students_of
+from models.images import read_images, to_pil
+from models.presets import PRESETS
 from tests import small_teachers
 from tests.conftest import only_run, same, small_args, state_of
 from tests.small_teachers import SMALL
 from tools import export
 from tools.hub.levels import distance, made_by, nearest_scheduler
 from tools.hub.lora import linear_layers
+from training.finished import load_run, students_of
+from training.flags import with_recipe
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 FILE = "diffusion_pytorch_model.safetensors"
@@ -35,7 +34,7 @@ FLAGS = {"steps": 2, "student_every": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "ema
 
 
 class Torchs:
-    """Draws of torch's own generator, in the order in which a stock pipeline draws them. packed: Qwen-Image's renoising
+    """SampleRNG of torch's own generator, in the order in which a stock pipeline draws them. packed: Qwen-Image's renoising
     draws for its tokens.
     """
 

@@ -2,8 +2,6 @@
 prompts give the same latents, every script trains on it and resumes, its student samples in the stock pipeline.
 """
 
-from harness.flags import with_recipe
-
 import dataclasses
 import importlib
 import itertools
@@ -27,23 +25,24 @@ import dfd
 import dmd
 import dmd2
 import eval_vbench
-import families.folders
+import models.folders
 import phased_dmd
 from evaluation.sampling import Source, configuration
-from families.classes import FAMILIES
-from families.images import find_images, read_images, to_pil
-from families.latents import encode
-from families.presets import PRESETS, TINY_WORLD
-from harness.files import Fatal, read_json, read_prompts
-from harness.finished import load_run, students_of
-from harness.media import read_video, write_mp4
-from harness.samples import samples_key
+from models.classes import FAMILIES
+from models.images import find_images, read_images, to_pil
+from models.latents import encode
+from models.presets import PRESETS, TINY_WORLD
 from tests import small_teachers
 from tests.conftest import ROOT, on_ranks, only_run, same
 from tests.ranks import adam_eps, train_all
 from tests.small_teachers import SMALL
 from tools import make_shards
 from tools.video_in.video import read_clip
+from training.files import UserError, read_json, read_prompts
+from training.finished import load_run, students_of
+from training.flags import with_recipe
+from training.media import read_video, write_mp4
+from training.samples import samples_key
 
 CPU, EPS = torch.device("cpu"), 1e-6
 PROMPTS, NEGATIVE, STEPS, SHIFT = ["a red circle", "a blue square"], "a green triangle", 4, 3.0
@@ -345,14 +344,14 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, prompts, tmp_
                 shutil.copy(path, tmp_path / "hub" / part)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr(families.folders, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(models.folders, "snapshot_download", snapshot_download)
     args = args_of(dmd, small, folders, prompts, tmp_path / "runs", teacher=name, steps=1, preview_every=0)
     dmd.main(args)
     assert (tmp_path / "hub" / "README.md").is_file() and not (tmp_path / "hub" / "scheduler").exists()
     own = with_recipe(dmd.Args, dmd.RECIPES, teacher=name)
     assert (own.frames, own.height, own.width) == PRESETS[name].size
     with torch.device("meta"):  # its config is one of that class
-        config = importlib.import_module(f"families.{file}")
+        config = importlib.import_module(f"models.{file}")
         transformer = getattr(config, cls).transformer_class.from_config(PRESETS[name].config)
     assert PRESETS[name].config.items() <= transformer.config.items()
 
@@ -369,7 +368,7 @@ def changed(folder, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("wan", {"_class_name": "HunyuanVideoPipeline"}, ["holds a HunyuanVideoPipeline", "known are", "families/"]),
+        ("wan", {"_class_name": "HunyuanVideoPipeline"}, ["holds a HunyuanVideoPipeline", "known are", "models/"]),
         (
             "wan",
             {"transformer": ["diffusers", "WanVACETransformer3DModel"]},
@@ -458,7 +457,7 @@ def test_pixels_of_other_kinds_of_images(tmp_path, fails):
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(clear)
     Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(opaque)
     fails(lambda: read_images([deep], 32, 32), str(deep), "more than 8 bits")
-    with pytest.raises(Fatal) as stop:
+    with pytest.raises(UserError) as stop:
         read_images([deep], 32, 32)
     assert stop.value.alone, "of the ranks only that whose share it is reads it"
     assert read_images([clear], 32, 32).min() == 1

@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")
 # room: what it may import of this repository, beside its own room
 MAY_IMPORT = {
-    **dict.fromkeys(SCRIPTS, {"common", "harness"}),
-    "common": {"families", "harness.files", "tiny.world"},
-    "families": {"harness.files"},
-    "harness": {"common", "families", "tiny.measures"},
+    **dict.fromkeys(SCRIPTS, {"common", "training"}),
+    "common": {"models", "training.files", "tiny.world"},
+    "models": {"training.files"},
+    "training": {"common", "models", "tiny.measures"},
     "tiny": set(),
     "prompts": set(),
-    "tools": {"common", "families", "harness", "tiny", *SCRIPTS},
-    "experiments": {"common", "families", "harness", "tiny", *SCRIPTS},
-    "evaluation": {"common", "families", "harness", "tiny", *SCRIPTS},
-    "eval_vbench": {"evaluation", "common", "families", "harness", "tiny", *SCRIPTS},
+    "tools": {"common", "models", "training", "tiny", *SCRIPTS},
+    "experiments": {"common", "models", "training", "tiny", *SCRIPTS},
+    "evaluation": {"common", "models", "training", "tiny", *SCRIPTS},
+    "eval_vbench": {"evaluation", "common", "models", "training", "tiny", *SCRIPTS},
     "docs": set(),
 }
 LONGEST = {
@@ -76,13 +76,13 @@ def test_arrows_only_run_down(name):
 @pytest.mark.parametrize("name", sorted(files()))
 def test_files_are_short(name):
     lines = len(files()[name].read_text().splitlines())
-    limit = LONGEST.get(name, FAMILY if name.startswith("families.") else 500)
+    limit = LONGEST.get(name, FAMILY if name.startswith("models.") else 500)
     assert lines <= limit, f"{name} has {lines} lines, at most {limit}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_reader_opens_three_short_files(script):
-    families = [name for name in files() if name.startswith("families.") and name.split(".")[1] not in NO_FAMILY]
+    families = [name for name in files() if name.startswith("models.") and name.split(".")[1] not in NO_FAMILY]
     longest_family = max(len(files()[name].read_text().splitlines()) for name in families)
     lines = {name: len(files()[name].read_text().splitlines()) for name in (script, "common")}
     total = sum(lines.values()) + longest_family
@@ -108,7 +108,7 @@ def reached(script):
     A class counts as a whole. The script itself counts as a whole file; of other modules, the definitions. Families are
     imported by name, so Wan's is given here.
     """
-    todo, seen = [*((script, name) for name in definitions(script)), ("families.wan", "Wan")], {}
+    todo, seen = [*((script, name) for name in definitions(script)), ("models.wan", "Wan")], {}
     while todo:
         module, name = todo.pop()
         node = definitions(module).get(name)

@@ -23,11 +23,11 @@ import dmd
 import dmd2
 import phased_dmd
 from experiments import phased_ablations
-from families.presets import PRESETS
-from harness.files import write_shard
-from harness.preview import Preview
-from harness.run import Run
+from models.presets import PRESETS
 from tests.conftest import only_run, small_args
+from training.files import write_shard
+from training.preview import Preview
+from training.run import Run
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 # small, but with everything on: micro-batches, guidance, both time scales, an average, annealing, AdamW's own numbers
@@ -209,13 +209,13 @@ class Reference:
             first = (step * self.args.grad_accum + micro) * self.args.batch_size
             numbers = range(first, first + self.args.batch_size)
             text = self.data.cond(numbers)["text"]
-            yield numbers, common.Draws(self.args.seed, stream, numbers, CPU), text
+            yield numbers, common.SampleRNG(self.args.seed, stream, numbers, CPU), text
 
     # what the scripts differ in; the methods of DMD2 are the default
 
     def levels(self, step):
         """Noise levels of the rollouts of a step, the last of which carries gradient."""
-        count = 1 + int(common.SharedDraws(self.args.seed, step).uniform("exit") * len(self.args.student_sigmas))
+        count = 1 + int(common.SharedRNG(self.args.seed, step).uniform("exit") * len(self.args.student_sigmas))
         self.exits.add(count)
         return self.args.student_sigmas[:count]
 
@@ -238,7 +238,7 @@ class Reference:
     def teacher_input(self, step, numbers, x0, noise, sigma):
         return noised(x0, noise, sigma)
 
-    def extra(self, x0, x0_real, x0_fake, figures):
+    def extra(self, x0, x0_teacher, x0_fake, figures):
         """Further losses of the student on the same sample."""
         return 0.0
 
@@ -250,11 +250,11 @@ class Reference:
             x_t = noised(x0, noise, sigma)
             with torch.no_grad():
                 x0_fake = self.fake_score.x0(x_t, sigma, text)
-                x0_real = self.guided(self.teacher_input(step, numbers, x0, noise, sigma), sigma, text)
-                weight = (x0 - x0_real).abs().flatten(1).mean(1)
-                grad = (x0_fake - x0_real) / column(weight)
+                x0_teacher = self.guided(self.teacher_input(step, numbers, x0, noise, sigma), sigma, text)
+                weight = (x0 - x0_teacher).abs().flatten(1).mean(1)
+                grad = (x0_fake - x0_teacher) / column(weight)
             # a linear loss with the wanted gradient
-            loss = (grad * x0).mean() + self.extra(x0, x0_real, x0_fake, figures)
+            loss = (grad * x0).mean() + self.extra(x0, x0_teacher, x0_fake, figures)
             figures["loss/student"] += 0.5 * grad.square().mean().item() / args.grad_accum
             if getattr(args, "gan_weight", 0):
                 gan = F.softplus(-self.fake_score.logits(x_t, sigma, text, args.discriminator_blocks)).mean()
@@ -296,7 +296,7 @@ class Reference:
         out = []
         for first in range(0, total, args.batch_size):
             numbers = range(first, first + args.batch_size)
-            rng = common.Draws(args.seed, "preview", numbers, CPU)
+            rng = common.SampleRNG(args.seed, "preview", numbers, CPU)
             text = self.data.cond_of([number // args.preview_seeds for number in numbers])["text"]
             if name == "teacher":
                 out.append(self.ode(rng.normal(self.shape), text, args.teacher_steps))
@@ -337,13 +337,13 @@ class DFD(Reference):
     coins = frozenset()
 
     def teacher_input(self, step, numbers, x0, noise, sigma):
-        heads = common.SharedDraws(self.args.seed, step).uniform("coin") < self.args.data_prob
+        heads = common.SharedRNG(self.args.seed, step).uniform("coin") < self.args.data_prob
         self.coins |= {heads}
         return noised(self.data.latents(numbers) if heads else x0, noise, sigma)
 
 
 class CoDMD(Reference):
-    def extra(self, x0, x0_real, x0_fake, figures):
+    def extra(self, x0, x0_teacher, x0_fake, figures):
         args, tau = self.args, self.args.relation_temperature
 
         def kl(rows):
@@ -352,7 +352,7 @@ class CoDMD(Reference):
             p, q = torch.softmax((s - (f - r)).detach() / tau, dim=1), torch.softmax(s / tau, dim=1)
             return (p * (p / q).log()).sum(1).mean()
 
-        x = x0, x0_real, x0_fake
+        x = x0, x0_teacher, x0_fake
         samples = kl([z.mean((2, 3, 4)) for z in x])
         frames = torch.stack([kl([z[i].mean((2, 3)).T for z in x]) for i in range(len(x0))]).mean()
         loss = args.sample_relation * samples + args.frame_relation * frames
@@ -382,15 +382,15 @@ class PhasedDMD(Reference):
         ends = (1.0, *self.args.phase_ends)
         return ends[self.phase(step)], ends[self.phase(step) + 1]
 
-    def score_times(self, step, rng):
+    def score_sigmas(self, step, rng):
         floor = (self.args.score_ends or self.args.phase_ends)[self.phase(step)]
         top = self.ends(step)[0] if ablated(self.args, "disjoint_times") else 1.0
-        return score_time(rng.uniform(), self.args.shift, floor, top, self.args.score_times)
+        return score_time(rng.uniform(), self.args.shift, floor, top, self.args.score_sigmas)
 
     def levels(self, step):
         start, end = self.ends(step)
         own = [sigma for sigma in self.args.student_sigmas if end < sigma <= start]
-        count = 1 + int(common.SharedDraws(self.args.seed, step).uniform("exit") * len(own))
+        count = 1 + int(common.SharedRNG(self.args.seed, step).uniform("exit") * len(own))
         self.exits.add((self.phase(step), count))
         return [sigma for sigma in self.args.student_sigmas if sigma > start] + own[:count]
 
@@ -424,16 +424,16 @@ class PhasedDMD(Reference):
         args, s = self.args, self.ends(step)[1]
         for numbers, rng, text in self.micro_batches(step, "student"):
             x_s, x0 = self.carry(step, rng, text, self.clips(numbers))
-            sigma, noise = self.score_times(step, rng), rng.normal(self.shape)
+            sigma, noise = self.score_sigmas(step, rng), rng.normal(self.shape)
             x_t, _ = self.renoised(x_s, noise, sigma, s)
             t = column(sigma)
             with torch.no_grad():
-                x0_fake, x0_real = self.fake_score.x0(x_t, sigma, text), self.guided(x_t, sigma, text)
-                v_fake, v_real = (x_t - x0_fake) / t, (x_t - x0_real) / t
+                x0_fake, x0_teacher = self.fake_score.x0(x_t, sigma, text), self.guided(x_t, sigma, text)
+                v_fake, v_real = (x_t - x0_fake) / t, (x_t - x0_teacher) / t
                 if ablated(args, "velocity_gradient"):
                     on, grad = x_s, (1 - t) ** 2 / ((1 - s) * t) * (v_real - v_fake)
                 else:
-                    on, grad = x0, (x0_fake - x0_real) / column((x0 - x0_real).abs().flatten(1).mean(1))
+                    on, grad = x0, (x0_fake - x0_teacher) / column((x0 - x0_teacher).abs().flatten(1).mean(1))
             on = x_s if ablated(args, "velocity_gradient") else x0
             loss = (grad * on).mean()
             figures["loss/student"] += 0.5 * grad.square().mean().item() / args.grad_accum
@@ -448,7 +448,7 @@ class PhasedDMD(Reference):
         for numbers, rng, text in self.micro_batches(step, "fake_score"):
             with torch.no_grad():
                 x_s, _ = self.carry(step, rng, text, self.clips(numbers))
-            sigma, noise = self.score_times(step, rng), rng.normal(self.shape)
+            sigma, noise = self.score_sigmas(step, rng), rng.normal(self.shape)
             x_t, b = self.renoised(x_s, noise, sigma, s)
             v, t = self.fake_score.velocity(x_t, sigma, text), column(sigma)
             if s and not ablated(args, "naive_target"):
@@ -611,7 +611,7 @@ def test_codmd(tmp_path, monkeypatch, flags):
         {"gan_weight": 0.7},
         {"student_input": "data"},
         {"velocity_gradient": True, "ema_decay": 0.0, "score_ends": (0.8, 0.1)},
-        {"naive_target": True, "disjoint_times": True, "score_ends": (0.85, 0.0), "score_times": (0.2, 0.9)},
+        {"naive_target": True, "disjoint_times": True, "score_ends": (0.85, 0.0), "score_sigmas": (0.2, 0.9)},
         {"lora_rank": 2, "lora_alpha": 3.0, "anneal_lr": False},
     ],
     ids=["gan", "data", "eq. 10", "ablations", "lora"],

@@ -13,12 +13,12 @@ import torch
 
 import common
 import dmd2
-from harness.media import write_mp4
 from tests.conftest import ROOT, only_run, small_args
 from tiny import world as tiny
 from tools import make_shards
 from tools.video_in.clips import find_clips, read_table
 from tools.video_in.video import Unreadable, read_clip
+from training.media import write_mp4
 
 
 @pytest.fixture

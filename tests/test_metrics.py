@@ -1,4 +1,4 @@
-"""Exact cases for harness/metrics.py and the writers in harness/media.py."""
+"""Exact cases for training/metrics.py and the writers in training/media.py."""
 
 import colorsys
 import math
@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from evaluation.proxies import colour_spread, temporal_flickering
-from harness.media import CLIP_GAP, FRAME_GAP, contact_sheet, draw_sheet, write_mp4
-from harness.metrics import frame_difference, pairwise_rms, preview_metrics, saturation, vendi_score
 from tiny import world as tiny
+from training.media import CLIP_GAP, FRAME_GAP, contact_sheet, draw_sheet, write_mp4
+from training.metrics import frame_difference, pairwise_rms, preview_metrics, saturation, vendi_score
 
 
 def plain(*rgb, f=3, size=16):

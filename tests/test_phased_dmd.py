@@ -14,11 +14,11 @@ import common
 import dmd2
 import phased_dmd
 from experiments.phased_ablations import velocity_gradient
-from families.presets import PRESETS
-from families.wan import Wan
-from harness.finished import load_run, students_of
+from models.presets import PRESETS
+from models.wan import Wan
 from tests.conftest import distance, only_run, same, small_args, stopped, student_weights, train_on_ranks
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
+from training.finished import load_run, students_of
 
 SHAPE, TINY = (1, 1, 1, 1), PRESETS["tiny"].source
 
@@ -115,7 +115,7 @@ class PerLevel(nn.Module):
 
 
 class Noise:
-    """Stands in for common.Draws where speed matters and reproducibility comes from the global seed."""
+    """Stands in for common.SampleRNG where speed matters and reproducibility comes from the global seed."""
 
     def __init__(self, n):
         self.n = n
@@ -143,8 +143,8 @@ def trained_phase(naive):
         x_t = phased_dmd.renoise(x_s, noise, sigma, s)
         if step % 5 == 0:
             with torch.no_grad():
-                x0_fake, x0_real = (phased_dmd.predict_x0(m, x_t, sigma, COND) for m in (fake, Gaussian(mean, std)))
-                grad = velocity_gradient(x0_real, x0_fake, sigma, s)
+                x0_fake, x0_teacher = (phased_dmd.predict_x0(m, x_t, sigma, COND) for m in (fake, Gaussian(mean, std)))
+                grad = velocity_gradient(x0_teacher, x0_fake, sigma, s)
             optimizers[0].zero_grad()
             phased_dmd.student_loss(x_s, grad).backward()
             optimizers[0].step()
@@ -167,15 +167,15 @@ def test_a_phase_in_one_dimension():
 
 def test_eq_10_in_numbers():
     """s = .5, t = .8: (.2)^2 / (.5 * .8) = .1, times v_real - v_fake = (3 - 1) / .8."""
-    x0_real, x0_fake = column(torch.tensor([1.0, 0.0])), column(torch.tensor([3.0, -1.0]))
-    got = velocity_gradient(x0_real, x0_fake, torch.tensor([0.8, 0.8]), 0.5).flatten()
+    x0_teacher, x0_fake = column(torch.tensor([1.0, 0.0])), column(torch.tensor([3.0, -1.0]))
+    got = velocity_gradient(x0_teacher, x0_fake, torch.tensor([0.8, 0.8]), 0.5).flatten()
     torch.testing.assert_close(got, torch.tensor([0.25, -0.125]))
 
 
 def test_eq_10_is_a_positive_factor_of_dmds_gradient():
-    x0, x0_real, x0_fake = torch.randn(3, 5, 2, 1, 2, 2)
-    ratio = velocity_gradient(x0_real, x0_fake, torch.linspace(0.6, 0.9, 5), 0.5) / phased_dmd.dmd_gradient(
-        x0, x0_real, x0_fake
+    x0, x0_teacher, x0_fake = torch.randn(3, 5, 2, 1, 2, 2)
+    ratio = velocity_gradient(x0_teacher, x0_fake, torch.linspace(0.6, 0.9, 5), 0.5) / phased_dmd.dmd_gradient(
+        x0, x0_teacher, x0_fake
     )
     torch.testing.assert_close(ratio, ratio[:, :1, :1, :1, :1].expand_as(ratio))
     assert (ratio > 0).all()

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 import codmd
 import common
 import dmd2
-from families.presets import PRESETS
-from harness.checkpoints import find_init, load_init
+from models.presets import PRESETS
 from tests import small_teachers
 from tests.conftest import only_run, same, small_args, state_of, train_on_ranks
+from training.checkpoints import find_init, load_init
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 STILL = {"steps": 1, "lr": 0.0, "fake_score_lr": 0.0, "weight_decay": 0.0, "gan_weight": 0.0}

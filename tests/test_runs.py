@@ -1,7 +1,5 @@
 """Whole runs of dmd.py on the tiny teacher: resume, ranks, bad input, what they leave on disk."""
 
-from harness.flags import one_line_errors, parse_args, with_recipe
-
 import dataclasses
 import errno
 import json
@@ -28,12 +26,13 @@ import common
 import dfd
 import dmd
 import dmd2
-from harness.checkpoints import check_checkpoint, flat_state, load_networks
-from harness.files import UMASK, read_prompts, stamps, write_shard, written_aside
-from harness.finished import load_run
-from harness.run import Run
 from tests.conftest import ROOT, distance, only_run, popen, same, small_args, student_weights, train_on_ranks
 from tiny import world as tiny
+from training.checkpoints import check_checkpoint, flat_state, load_networks
+from training.files import UMASK, read_prompts, stamps, write_shard, written_aside
+from training.finished import load_run
+from training.flags import one_line_errors, parse_args, with_recipe
+from training.run import Run
 
 PROGRAMS = ["dmd.py", "dmd2.py", "dfd.py", "codmd.py", "phased_dmd.py", "eval_vbench.py"]
 PROGRAMS += [
@@ -604,7 +603,7 @@ def test_a_full_disk_ends_every_program_in_one_line(monkeypatch, capsys):
 def test_a_log_on_a_full_disk_is_one_line(tmp_path):
     """TensorBoard writes in a thread of its own, which says nothing beside it."""
     code = (
-        "from harness.flags import one_line_errors; import dmd; from harness.run import Run\n"
+        "from training.flags import one_line_errors; import dmd; from training.run import Run\n"
         "from tensorboard.compat.tensorflow_stub.io import gfile\n"
         "def full(*_): raise OSError(28, 'No space left on device')\n"
         "gfile.LocalFileSystem.append = full\n"

@@ -16,14 +16,14 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from families.images import to_pil
-from families.presets import PRESETS
-from harness.media import read_video
-from harness.preview import Preview
+from models.images import to_pil
+from models.presets import PRESETS
 from tests.conftest import ROOT, only_run, small_args, stopped
 from tests.small_teachers import SMALL, write
 from tiny import world
 from tools import ode_init, sample
+from training.media import read_video
+from training.preview import Preview
 
 TINY_SIZE = {"frames": 9, "height": 32, "width": 32}
 FAST = {"student_every": 1, "lr": 1e-2}  # in three steps the student is no longer the teacher

@@ -1,7 +1,5 @@
 """tools/step_time.py: its FLOPs against PyTorch's counter over a real step, and that it leaves nothing behind."""
 
-from harness.flags import with_recipe
-
 import re
 
 import pytest
@@ -13,11 +11,12 @@ import common
 import dmd
 import dmd2
 import phased_dmd
-from families.classes import family_of
-from families.presets import PRESETS, TINY_WORLD
-from harness.run import Run
+from models.classes import family_of
+from models.presets import PRESETS, TINY_WORLD
 from tests.conftest import small
 from tools import cost, step_time
+from training.flags import with_recipe
+from training.run import Run
 
 
 def args_of(script, **flags):

@@ -13,8 +13,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 import common
-from families.images import to_pil
-from families.presets import PRESETS
+from models.images import to_pil
+from models.presets import PRESETS
 from tiny import measures, train, world
 from tiny.training import teacher, vae
 from tiny.training.optim import orthogonalise

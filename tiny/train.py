@@ -19,12 +19,10 @@ import torch
 import tyro
 from diffusers import WanPipeline
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tiny/train.py` finds the package
-
-from tiny.training.image_to_video import train_image_to_video  # noqa: E402
-from tiny.training.report import report  # noqa: E402
-from tiny.training.teacher import train_teacher  # noqa: E402
-from tiny.training.vae import vae_stage  # noqa: E402
+from tiny.training.image_to_video import train_image_to_video
+from tiny.training.report import report
+from tiny.training.teacher import train_teacher
+from tiny.training.vae import vae_stage
 
 HERE = Path(__file__).resolve().parent
 

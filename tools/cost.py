@@ -18,24 +18,19 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 from unittest import mock
 
+import torch
 from annotated_types import Ge
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/cost.py` finds the scripts
-
-from harness.flags import check_flags, one_line_errors, parse_args, with_recipe  # noqa: E402
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import common  # noqa: E402
-from families.presets import PRESETS, TINY_WORLD, name_of  # noqa: E402
-from harness.files import Fatal  # noqa: E402
+import common
+from models.presets import PRESETS, TINY_WORLD, name_of
+from training.files import UserError
+from training.flags import check_flags, one_line_errors, parse_args, with_recipe
 
 TRAINED = common.TRAINED
 
@@ -135,7 +130,7 @@ def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
     if teacher not in PRESETS or teacher in TINY_WORLD:
         return common.Model(teacher, frames, height, width)
-    from families.classes import family_of
+    from models.classes import family_of
 
     preset = PRESETS[teacher]
     family = family_of(preset.kind, teacher)
@@ -215,7 +210,7 @@ def figures(script, args):
     # memory: the teacher, which is the base of the LoRAs, is bf16, all others are float32
     shards = args.shard_size or gpus
     if gpus % shards:
-        raise Fatal(f"--shard-size must divide the {gpus} GPUs, got {shards}")
+        raise UserError(f"--shard-size must divide the {gpus} GPUs, got {shards}")
     weights = 2 * parameters + 4 * sum(loras.get(role, parameters) for role in roles)
     block = sum(p.numel() for p in network.blocks[0].parameters())
     tokens, blocks = math.prod(model.latent_shape[1:]) // math.prod(model.patch), len(network.blocks)
@@ -336,7 +331,7 @@ def start(doc, main, args_of, others=None):
         if name in others:
             sys.exit(others[name]())
         if name not in METHODS:
-            raise Fatal(f"unknown script {name!r}: use {', '.join([*METHODS, *(f'or {word}' for word in others)])}")
+            raise UserError(f"unknown script {name!r}: use {', '.join([*METHODS, *(f'or {word}' for word in others)])}")
         sys.argv[0] = f"{name}.py"  # whose flags these are, and whose run --resume means
         script = import_module(name)
         main(script, parse_args(args_of(script), script.RECIPES))

@@ -13,26 +13,21 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch.distributed as dist
 import tyro
 from annotated_types import Ge
+from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/export.py` finds common
-
-from harness.flags import check_flags, one_line_errors  # noqa: E402
-
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-import common  # noqa: E402
-from harness.checkpoints import save_weights  # noqa: E402
-from harness.files import Fatal, make_folder, readable_by_all  # noqa: E402
-from harness.finished import run_of, students_of  # noqa: E402
+import common
+from training.checkpoints import save_weights
+from training.files import UserError, make_folder, readable_by_all
+from training.finished import run_of, students_of
+from training.flags import check_flags, one_line_errors
 
 
 @dataclass
@@ -59,20 +54,22 @@ def main(args):
     check_flags(args)
     out = args.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Fatal(f"{args.out} is there already: give a new or an empty folder")
+        raise UserError(f"{args.out} is there already: give a new or an empty folder")
     if args.lora and (args.transformer_only or args.copy):
-        raise Fatal("--lora goes without --transformer-only and --copy: it holds none of the teacher's parts")
+        raise UserError("--lora goes without --transformer-only and --copy: it holds none of the teacher's parts")
     if args.rank and not args.lora:
-        raise Fatal("--rank is that of a LoRA: give --lora")
+        raise UserError("--rank is that of a LoRA: give --lora")
     from tools.hub.card import license_of, model_card
     from tools.hub.levels import nearest_scheduler
     from tools.hub.student import load_student
 
     student = load_student(args.run, args.teacher)
     if args.lora and student.why_not_stock:
-        raise Fatal(f"--lora: {args.run} is for no pipeline that loads one: {student.why_not_stock}")
+        raise UserError(f"--lora: {args.run} is for no pipeline that loads one: {student.why_not_stock}")
     if args.rank and student.args.lora_rank:
-        raise Fatal(f"--rank: {args.run} trained a LoRA of rank {student.args.lora_rank}, which is exported as it is")
+        raise UserError(
+            f"--rank: {args.run} trained a LoRA of rank {student.args.lora_rank}, which is exported as it is"
+        )
     # Qwen-Image's pipeline takes the levels themselves, and the scheduler as it is
     taken = [1.0] if student.pipeline == "QwenImagePipeline" else student.sigmas
     scheduler = nearest_scheduler(taken, renoise=student.sampler == "renoise")
@@ -114,7 +111,7 @@ def folder_written_aside(folder):
         yield aside
         os.replace(aside, folder)
     except OSError as error:
-        raise Fatal(f"cannot write {folder}: {str(error).splitlines()[-1]}", code=1) from None
+        raise UserError(f"cannot write {folder}: {str(error).splitlines()[-1]}", code=1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     finally:

@@ -13,22 +13,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_pairs.py` finds the scripts
+import torch.distributed as dist
 
-from harness.flags import check_flags, one_line_errors, parse_args  # noqa: E402
-
-import torch.distributed as dist  # noqa: E402
-
-import common  # noqa: E402
-import dmd  # noqa: E402
-from harness.files import Fatal, make_folder  # noqa: E402
-from harness.samples import samples_key, teacher_samples  # noqa: E402
+import common
+import dmd
+from training.files import UserError, make_folder
+from training.flags import check_flags, one_line_errors, parse_args
+from training.samples import samples_key, teacher_samples
 
 
 def main(out, args):
     out, cache = Path(out), Path(args.runs_dir) / "cache"
     if out.exists() and not out.is_dir():
-        raise Fatal(f"{out} is a file: the first argument is the folder for the pairs")
+        raise UserError(f"{out} is a file: the first argument is the folder for the pairs")
     check_flags(args)
     device = common.init_distributed()
     model = common.Model(args.teacher, args.frames, args.height, args.width)
@@ -41,7 +38,7 @@ def main(out, args):
     before = [note.read_text() if note.is_file() else "" if any(out.glob("*.safetensors")) else key]
     dist.broadcast_object_list(before)
     if before[0] != key:
-        raise Fatal(f"{out} holds shards of other settings (teacher, prompts or flags): give another folder")
+        raise UserError(f"{out} holds shards of other settings (teacher, prompts or flags): give another folder")
     if dist.get_rank() == 0:
         note.write_text(key)
 

@@ -12,28 +12,23 @@ or with more clips: it encodes those that no shard holds yet.
 """
 
 import secrets
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
 import tyro
 from annotated_types import Ge
+from safetensors import SafetensorError, safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/make_shards.py` finds common
-
-from harness.flags import check_flags, one_line_errors, with_recipe  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-
-import common  # noqa: E402
-import dmd2  # noqa: E402
-from harness.files import Fatal, hashed, make_folder, opened, stamps, write_shard, written_aside  # noqa: E402
-from tools.video_in.clips import SUFFIXES, find_clips  # noqa: E402
-from tools.video_in.video import Unreadable, read_clip  # noqa: E402
+import common
+import dmd2
+from tools.video_in.clips import SUFFIXES, find_clips
+from tools.video_in.video import Unreadable, read_clip
+from training.files import UserError, hashed, make_folder, opened, stamps, write_shard, written_aside
+from training.flags import check_flags, one_line_errors, with_recipe
 
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
 LISTED = 20  # skipped clips that are printed; skipped.txt has all
@@ -61,15 +56,15 @@ class Args:
 
 
 def from_rank_0(function):
-    """What `function` returns on rank 0, on every rank; a Fatal there is raised on all."""
+    """What `function` returns on rank 0, on every rank; a UserError there is raised on all."""
     told = [None]
     if dist.get_rank() == 0:
         try:
             told = [function()]
-        except Fatal as error:
+        except UserError as error:
             told = [error]
     dist.broadcast_object_list(told)
-    if isinstance(told[0], Fatal):
+    if isinstance(told[0], UserError):
         raise told[0]
     return told[0]
 
@@ -97,7 +92,7 @@ def keys_in(out):
             with safe_open(path, framework="pt") as file:
                 found[path] = {file.get_tensor(name).item() for name in file.keys() if name.endswith(".clip")}
         except (OSError, SafetensorError) as error:
-            raise Fatal(f"cannot read shard {path} ({error}): delete it, and it is made again") from None
+            raise UserError(f"cannot read shard {path} ({error}): delete it, and it is made again") from None
     return found
 
 
@@ -109,7 +104,9 @@ def survey(args, model, frames, height, width):
     clips, skipped, aside = find_clips(args.clips, args.metadata, args.out)
     said = ", ".join(f"{n} {kind}" for kind, n in sorted(aside.items()))
     if not clips and not skipped:
-        raise Fatal(f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}" + (f"; it has {said}" if said else ""))
+        raise UserError(
+            f"no videos ({', '.join(sorted(SUFFIXES))}) in {args.clips}" + (f"; it has {said}" if said else "")
+        )
     if said:
         print(f"left aside in {args.clips}: {said}")
     settings, keyed = settings_key(model, frames, height, width), {}
@@ -121,7 +118,7 @@ def survey(args, model, frames, height, width):
     shards = keys_in(args.out)
     others = [path.name for path, keys in shards.items() if not keys or not keys <= keyed.keys()]
     if others:
-        raise Fatal(
+        raise UserError(
             f"{args.out} holds shards of other clips or settings ({', '.join(others[:3])}{', …' * (len(others) > 3)}): "
             "delete these, and what belongs in them is encoded again, or give another folder"
         )
@@ -143,13 +140,13 @@ def report(out, done, skipped):
         print("skipped " + line.replace("\t", ": "))
     more = f"; {len(lines)} skipped, see {file}" if lines else ""
     if not done:
-        raise Fatal(f"not one clip can be used{more}")
+        raise UserError(f"not one clip can be used{more}")
     print(f"{done} clips in {len(list(out.glob('*.safetensors')))} shards: --data {out}{more}")
 
 
 def main(args):
     if not args.clips.is_dir():
-        raise Fatal(f"no such folder {args.clips}")
+        raise UserError(f"no such folder {args.clips}")
     check_flags(args)
     device = common.init_distributed()
     recipe = with_recipe(dmd2.Args, dmd2.RECIPES, teacher=args.teacher)

@@ -9,34 +9,28 @@ in CausVid, arXiv 2412.07772, and Self-Forcing, arXiv 2506.08009).
 The teacher's weights know nothing of a past that is all they see. Here each block of frames, at one of the student's
 noise levels, is to become the pair's, with the pair's blocks before it as its past. What stands between noise and video
 is their straight line, not the teacher's curved path, of which a pair has the ends alone. No scores: the flags are
-dmd.py's, and those of what is not here do nothing (--fake-score-lr, --student-every, --score-times,
+dmd.py's, and those of what is not here do nothing (--fake-score-lr, --student-every, --score-sigmas,
 --regression-weight). No LoRA: the student is trained in full. The run folder is like a script's.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+import torch
+import torch.nn.functional as F
 from annotated_types import Ge
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/…` finds the scripts
-
-from harness.flags import launch  # noqa: E402
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import common  # noqa: E402
-import dmd  # noqa: E402
-import dmd2  # noqa: E402
-from dmd2 import add_noise, predict_x0, sample_student  # noqa: E402  (evidence.py and eval_vbench.py sample with it)
-from harness.files import Fatal  # noqa: E402
-from harness.preview import Preview  # noqa: E402
-from harness.run import Run  # noqa: E402
-from harness.samples import teacher_samples  # noqa: E402
+import common
+import dmd
+import dmd2
+from dmd2 import add_noise, predict_x0, sample_student  # noqa: F401  (evidence.py and eval_vbench.py sample with it)
+from training.files import UserError
+from training.flags import launch
+from training.preview import Preview
+from training.run import Run
+from training.samples import teacher_samples
 
 
 @dataclass(kw_only=True)
@@ -61,16 +55,16 @@ RECIPES = {  # those of dmd.py at dmd2.py's noise levels; steps and rate are our
 def regression_loss(student, x_t, sigma, cond, x0):
     """Mean squared error of the predictions of x0 [b, c, f, h, w], each block with the clean ones before it as past."""
     parts = []
-    for x, target in zip(student.in_turn(x_t), x0.split(student.frame_block, dim=2), strict=True):
+    for x, target in zip(student.chunks(x_t), x0.split(student.frame_block, dim=2), strict=True):
         parts.append(predict_x0(student, x, sigma, cond))
-        student.remember(target, cond)
+        student.update_cache(target, cond)
     return F.mse_loss(torch.cat(parts, dim=2), x0)
 
 
 def main(args):
     # setup
     if args.lora_rank or args.fake_lora_rank:
-        raise Fatal("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
+        raise UserError("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
     run = Run(__file__, args)
     model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape

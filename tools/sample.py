@@ -9,32 +9,27 @@ noise that it has in the run's previews; what it takes to get their very bits is
 
 import json
 import os
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/sample.py` finds the scripts
-
-from harness.flags import check_flags, one_line_errors  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import common  # noqa: E402
-import dmd2  # noqa: E402
-from families.images import find_images, read_images, tell_cropped  # noqa: E402
-from families.presets import PRESETS  # noqa: E402
-from harness.checkpoints import check_checkpoint  # noqa: E402
-from harness.files import Fatal, make_folder, read_prompts, written_aside  # noqa: E402
-from harness.finished import load_run, run_of, student_folders, student_sampler, teacher_sampler  # noqa: E402
-from harness.media import contact_sheet, moving_sheet, write_video  # noqa: E402
+import common
+import dmd2
+from models.images import find_images, read_images, tell_cropped
+from models.presets import PRESETS
+from training.checkpoints import check_checkpoint
+from training.files import UserError, make_folder, read_prompts, written_aside
+from training.finished import load_run, run_of, student_folders, student_sampler, teacher_sampler
+from training.flags import check_flags, one_line_errors
+from training.media import contact_sheet, moving_sheet, write_video
 
 SHOWN, HIGH = 12, 128  # prompts on the sheets, pixels of their clips
 
@@ -83,28 +78,28 @@ def check(args):
     """
     check_flags(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Fatal("tools/sample.py is one process: start it without torchrun")
+        raise UserError("tools/sample.py is one process: start it without torchrun")
     if bool(args.prompt) == bool(args.prompts):
-        raise Fatal("give --prompt TEXT or --prompts FILE, one of the two")
+        raise UserError("give --prompt TEXT or --prompts FILE, one of the two")
     prompts = read_prompts(args.prompts) if args.prompts else [prompt.strip() for prompt in args.prompt]
     if "" in prompts:
-        raise Fatal("--prompt is empty: say what the video is to show")
+        raise UserError("--prompt is empty: say what the video is to show")
     if any("\udc80" <= c <= "\udcff" for c in "".join(prompts)):  # bytes that Python could not read
-        raise Fatal("--prompt is not UTF-8: see your terminal's encoding, or give --prompts FILE")
+        raise UserError("--prompt is not UTF-8: see your terminal's encoding, or give --prompts FILE")
     if args.image and args.images:
-        raise Fatal("--image is the first frame of all prompts, --images has one for each: leave one of them out")
+        raise UserError("--image is the first frame of all prompts, --images has one for each: leave one of them out")
     if args.images and not args.prompts:
-        raise Fatal("--images goes with --prompts; --image FILE with --prompt")
+        raise UserError("--images goes with --prompts; --image FILE with --prompt")
     script, run_args, checkpoint = load_run(args.checkpoint)
     check_checkpoint(checkpoint)
     student_folders(script, run_args, checkpoint)  # one line unless all phases are trained
     if args.kept_frames and not getattr(run_args, "frame_block", 0):
-        raise Fatal("--kept-frames is for a causal student, a run with --frame-block")
+        raise UserError("--kept-frames is for a causal student, a run with --frame-block")
     own = {name: getattr(args, name) for name in ("frames", "height", "width", "batch_size")}
     run_args = replace(run_args, **{name: value for name, value in own.items() if value is not None})
     run_args = replace(run_args, teacher=args.teacher_folder or run_args.teacher)
     if run_args.teacher not in PRESETS and not Path(run_args.teacher.removesuffix(":i2v")).is_dir():
-        raise Fatal(f"the teacher {run_args.teacher} is not there: say with --teacher-folder where it is")
+        raise UserError(f"the teacher {run_args.teacher} is not there: say with --teacher-folder where it is")
     return prompts, script, run_args, checkpoint
 
 
@@ -112,9 +107,9 @@ def first_frames(args, model, count):
     """Paths of the images that `count` prompts begin with, none for text-to-video."""
     given = args.image or args.images
     if model.conditions and not given:
-        raise Fatal(f"{model.name} begins with an image: give --image FILE, or --prompts with --images FOLDER")
+        raise UserError(f"{model.name} begins with an image: give --image FILE, or --prompts with --images FOLDER")
     if given and not model.conditions:
-        raise Fatal(f"{model.name} does text-to-video: leave out --image{'s' if args.images else ''}")
+        raise UserError(f"{model.name} does text-to-video: leave out --image{'s' if args.images else ''}")
     images = find_images(args.images, count, *model.size[1:]) if args.images else [args.image] * count
     images = [Path(image) for image in images if image]
     for image in dict.fromkeys(images):
@@ -142,10 +137,10 @@ def main(args):
     images = first_frames(args, model, len(prompts))
     run = run_of(checkpoint)
     if not (run or (args.out and args.cache)):
-        raise Fatal(f"{checkpoint} is in no run's folder: say with --out and --cache where to write")
+        raise UserError(f"{checkpoint} is in no run's folder: say with --out and --cache where to write")
     out = args.out or run / "samples"
     if out.is_dir() and any(out.iterdir()):
-        raise Fatal(f"{out} is not empty: delete it, or give another folder with --out")
+        raise UserError(f"{out} is not empty: delete it, or give another folder with --out")
     cache = args.cache or run.parent / "cache"
     make_folder(out, hint="; see --out")
     make_folder(cache, hint="; see --cache")
@@ -164,12 +159,12 @@ def main(args):
             for first in range(0, len(wanted), run_args.batch_size):
                 part = wanted[first : first + run_args.batch_size]
                 numbers = [p * run_args.preview_seeds + seed for p, seed in part]  # a preview's
-                draws = common.Draws(run_args.seed, "preview", numbers, device)
+                draws = common.SampleRNG(run_args.seed, "preview", numbers, device)
                 latents = sample(draws, data.cond_of([p for p, _ in part]))
                 for (p, seed), x0 in zip(part, latents.split(1)):
                     clip = common.decode(vae, x0)[0].cpu()
                     if not clip.isfinite().all():
-                        raise Fatal(f"the {name}'s sample of prompt {p}, seed {seed} is not finite", code=1)
+                        raise UserError(f"the {name}'s sample of prompt {p}, seed {seed} is not finite", code=1)
                     write_video(out / f"{p:02d}_{seed}{'_teacher' if name == 'teacher' else ''}", clip, model.fps)
                     if p < SHOWN:
                         shown[p, name].append(shrunk(clip, moves=seed == args.seed))

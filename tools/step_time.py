@@ -11,7 +11,6 @@ calls that were made. Previews and checkpoints are off. On a GPU under torchrun 
 """
 
 import resource
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,19 +20,15 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 from unittest import mock
 
+import torch
 from annotated_types import Ge
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python tools/step_time.py` finds the scripts
-
-from harness.flags import check_flags  # noqa: E402
-
-import torch  # noqa: E402
-
-import common  # noqa: E402
-from families.adapters import Adapted  # noqa: E402
-from families.presets import PRESETS, TINY_WORLD  # noqa: E402
-from harness.run import Run  # noqa: E402
-from tools import cost  # noqa: E402
+import common
+from models.adapters import Adapted
+from models.presets import PRESETS, TINY_WORLD
+from tools import cost
+from training.flags import check_flags
+from training.run import Run
 
 
 def args_of(script):

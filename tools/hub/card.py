@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from families.presets import TINY_WORLD
+from models.presets import TINY_WORLD
 from tools.hub.levels import EXACT, distance, made_by
 from tools.hub.student import SERVED_BY
 
@@ -18,7 +18,7 @@ CAUSAL = """It makes its latent frames in blocks of {block}. Each block reads th
 and values: causal between blocks, full within one), and is denoised at all of the levels above before the next one
 begins. Its weights are those of a stock transformer, but no stock pipeline samples it: `WanPipeline` loads it and makes
 all frames at once, for which it was not trained. In the repository that trained it, `eval_vbench.py` samples it, and
-`families/wan_causal.py` is the network."""
+`models/wan_causal.py` is the network."""
 
 WHERE = "this folder, seen from its parent, or its name on the Hub"
 TRANSFORMERS_ALONE = """Here are its transformers alone. The other parts are the teacher's: give its pipeline these, as

@@ -14,8 +14,8 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
-from families.wan import Wan
-from harness.files import Fatal, opened, readable
+from models.wan import Wan
+from training.files import UserError, opened, readable
 
 WAN_NAMES = (  # diffusers' names of Wan's layers, and Wan's own
     ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"), ("add_k_proj", "k_img"),
@@ -89,7 +89,7 @@ def of_change(teacher, student, model, rank):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     linear = linear_layers(model)
     if rank > max(linear.values()):
-        raise Fatal(f"--rank {rank} is higher than that of any layer: the highest is {max(linear.values())}")
+        raise UserError(f"--rank {rank} is higher than that of any layer: the highest is {max(linear.values())}")
     old, new = weights_in(teacher), weights_in(student)
     layers, lost, covered, total, worst = {}, 0.0, 0.0, 0.0, (0.0, "none")
     for name, path in new.items():
@@ -108,7 +108,7 @@ def of_change(teacher, student, model, rank):
         lost, covered = lost + missed, covered + size
         worst = max(worst, ((missed / size) ** 0.5 if size else 0.0, layer))
     if not covered:
-        raise Fatal(f"the linear layers in {student} are the teacher's: there is no change to make a LoRA of")
+        raise UserError(f"the linear layers in {student} are the teacher's: there is no change to make a LoRA of")
     return layers, (
         f"rank {rank}, relative error (Frobenius) {(lost / covered) ** 0.5:.3g} over all linear layers and "
         f"{worst[0]:.3g} in the worst, {worst[1]}. Left out is what is no linear layer's weight: biases, norms, "

@@ -1,16 +1,15 @@
 """What is exported: a student, how it is sampled, and whether a stock pipeline of diffusers does that."""
 
-from harness.flags import RunArgs
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import common
-from families.presets import PRESETS, TINY_WORLD
-from harness.checkpoints import check_checkpoint
-from harness.files import Fatal, read_json
-from harness.finished import load_run, noise_levels, student_folders
+from models.presets import PRESETS, TINY_WORLD
+from training.checkpoints import check_checkpoint
+from training.files import UserError, read_json
+from training.finished import load_run, noise_levels, student_folders
+from training.flags import RunArgs
 
 LOADS_TWO = ("WanPipeline", "WanImageToVideoPipeline")  # pipelines with transformer_2 and boundary_ratio
 # classes of vllm-omni that read dmd2_config in model_index.json, for folders of these pipelines
@@ -98,17 +97,19 @@ class Student:
 def load_student(run, teacher=None):
     """The student of a run or checkpoint folder, with or without :raw. teacher: where its teacher is, if it moved."""
     if not Path(run.removesuffix(":raw")).is_dir():
-        raise Fatal(f"no such folder {run.removesuffix(':raw')}: give a run or one of its checkpoints")
+        raise UserError(f"no such folder {run.removesuffix(':raw')}: give a run or one of its checkpoints")
     script, args, checkpoint = load_run(run)
     step = check_checkpoint(checkpoint)["step"]
     args = replace(args, teacher=teacher) if teacher else args
     if args.teacher not in PRESETS and not Path(args.teacher.removesuffix(":i2v")).is_dir():
-        raise Fatal(f"the teacher of {checkpoint} is gone: there is no folder {args.teacher}; say where with --teacher")
+        raise UserError(
+            f"the teacher of {checkpoint} is gone: there is no folder {args.teacher}; say where with --teacher"
+        )
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     folders = student_folders(script, args, checkpoint)
     for folder in folders:
         config = {key: value for key, value in read_json(folder / "config.json").items() if key[0] != "_"}
         if any(model.config.get(key, value) != value for key, value in config.items()):
-            raise Fatal(f"{folder} is no student of {args.teacher}: their configs differ")
+            raise UserError(f"{folder} is no student of {args.teacher}: their configs differ")
     levels, raw = noise_levels(script, args), run.endswith(":raw")
     return Student(script, args, checkpoint, step, raw, model, folders, levels)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.files import Fatal
+from training.files import UserError
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
 PATH_COLUMNS = ("file_name", "path", "video", "file")
@@ -89,12 +89,12 @@ def read_table(path):
     for number, row in read_rows(path):
         name = first_of(row, PATH_COLUMNS)
         if not name:
-            raise Fatal(
+            raise UserError(
                 f"{path}, line {number}: no path of a video; it is read from a column {', '.join(PATH_COLUMNS)}"
             )
         pairs.append((name, first_of(row, CAPTION_COLUMNS)))
     if not any(caption for _, caption in pairs):
-        raise Fatal(f"{path} has no captions; they are read from a column {', '.join(CAPTION_COLUMNS)}")
+        raise UserError(f"{path} has no captions; they are read from a column {', '.join(CAPTION_COLUMNS)}")
     return pairs
 
 
@@ -113,12 +113,14 @@ def read_rows(path):
             reader = csv.DictReader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
-        raise Fatal(f"cannot read {path} as JSONL or CSV: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read {path} as JSONL or CSV: {getattr(error, 'strerror', None) or error}") from None
     for number, row in rows:
         if not isinstance(row, dict):
-            raise Fatal(f"{path}, line {number}: no JSON object")
+            raise UserError(f"{path}, line {number}: no JSON object")
         if None in row:  # more fields than columns
-            raise Fatal(f"{path}, line {number}: more fields than columns; put a caption that holds commas into quotes")
+            raise UserError(
+                f"{path}, line {number}: more fields than columns; put a caption that holds commas into quotes"
+            )
     return rows
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from families.images import read_images
-from harness.files import hashed, stamps, write_shard
+from models.images import read_images
+from training.files import hashed, stamps, write_shard
 
 
 def encoded_prompts(model, prompts, cache, device, images=()):

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import common
-from families.adapters import Adapted
-from harness.files import Fatal, read_json
+from models.adapters import Adapted
+from training.files import UserError, read_json
 
 # of an optimizer one value per parameter, by its name: safetensors hold nothing but tensors
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -35,14 +35,14 @@ def latest_checkpoint(folder):
 def check_checkpoint(path):
     """Raise one line unless every file that the checkpoint was written with is there, whole; returns its record."""
     if not (path / "checkpoint.json").is_file():
-        raise Fatal(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
+        raise UserError(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
     record = read_json(path / "checkpoint.json")
     numbers = (record.get("step"), record.get("world_size"))
     if not isinstance(record.get("files"), dict) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise Fatal(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
+        raise UserError(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
     for name, size in record["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise Fatal(f"{path} is incomplete: {name} is missing or has the wrong size; resume from another one")
+            raise UserError(f"{path} is incomplete: {name} is missing or has the wrong size; resume from another one")
     return record
 
 
@@ -63,12 +63,12 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
         found = [c for run in runs_of(runs_dir, script, teacher, seed) if (c := latest_checkpoint(run))]
         if not found:
             where = f"{runs_dir}/{run_name(script, teacher, seed)}*"
-            raise Fatal(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
+            raise UserError(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(resume).absolute()
     path = path.parent if path.name == "checkpoints" else path
     if not path.is_dir():
-        raise Fatal(f"--resume: no such folder {resume}")
+        raise UserError(f"--resume: no such folder {resume}")
     return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
 
 
@@ -76,14 +76,14 @@ def find_init(runs_dir, teacher, init, flags=""):
     """What --init means: that file or folder, or a script's newest finished run on this teacher (with these flags)."""
     if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "ode_init") or Path(init).is_dir():
         if not Path(init).exists():
-            raise Fatal(f"--init: no such file or folder {init}")
-        import_module("harness.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
+            raise UserError(f"--init: no such file or folder {init}")
+        import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
         return Path(init)
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
         asked = f"train one ({init}.py --teacher {teacher}{flags}), or --init another; --init None: from the teacher"
-        raise Fatal(f"--init: no finished run of {init}.py on {teacher} in {runs_dir} (--runs-dir): {asked}")
+        raise UserError(f"--init: no finished run of {init}.py on {teacher} in {runs_dir} (--runs-dir): {asked}")
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 
@@ -115,7 +115,7 @@ def load_state(checkpoint, networks, optimizers):
         dcp.load(state, storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
         reason, flags = str(error).strip().splitlines()[-1], checkpoint.parents[1] / "args.json"
-        raise Fatal(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
+        raise UserError(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
 
 
 def load_init(path, networks, args):
@@ -131,26 +131,28 @@ def load_init(path, networks, args):
     phased = is_checkpoint and "phase_ends" in read_json(path / "args.json")
     experts = path / "student" if is_checkpoint else path
     if (experts / "transformer_2").is_dir() and (phased or len(student.parts) == 1):
-        raise Fatal(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
+        raise UserError(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
     found = {"student"}
     if is_checkpoint:
         check_checkpoint(path)
         found = load_networks(path, networks)
     elif isinstance(student, Adapted):
-        raise Fatal(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
+        raise UserError(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
     elif path.is_file():
-        found = import_module("harness.published").load(path, networks, args["teacher"])
+        found = import_module("training.published").load(path, networks, args["teacher"])
     elif all((path / part).is_dir() for part in student.parts):
         for part in student.parts:
             common.put_weights(student, path / part, part)
     elif any(path.glob("*.safetensors")):
         if len(student.parts) > 1:
-            raise Fatal(f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}")
+            raise UserError(
+                f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}"
+            )
         common.put_weights(student, path)
     else:
         found = set()
     if "student" not in found:
-        raise Fatal(f"--init: no student in {path}: pass a run, a checkpoint, or a folder that holds transformer/")
+        raise UserError(f"--init: no student in {path}: pass a run, a checkpoint, or a folder that holds transformer/")
     if "ema" in networks and "ema" not in found:
         common.ema_update(networks["ema"], networks["student"], 0)
     if dist.get_rank() == 0:
@@ -169,12 +171,14 @@ def load_networks(checkpoint, networks):
     state = {key: value for key, value in wanted.items() if key in known}
     for key, value in wanted.items():
         if key in known and known[key].size != value.shape:
-            raise Fatal(f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
+            raise UserError(
+                f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}"
+            )
         if key not in known and key.split(".")[0] in found and ".heads." not in key:
             full = f"train in full from {checkpoint / 'student' / 'transformer'}, where it is merged"
             lora = f"one of the two has a LoRA: give both the same --lora-rank and --fake-lora-rank, or {full}"
             why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
-            raise Fatal(f"{checkpoint} does not fit: it has no {key}; {why}")
+            raise UserError(f"{checkpoint} does not fit: it has no {key}; {why}")
     dcp.load(state, storage_reader=reader)
     return found
 

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransf
 from einops import rearrange
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from families.latents import latent_shape
-from families.wan import Wan
-from harness.files import Fatal, readable
+from models.latents import latent_shape
+from models.wan import Wan
+from training.files import UserError, readable
 
 
 class QwenImage(Wan):
@@ -42,7 +42,7 @@ class QwenImage(Wan):
     def shapes(config, vae, frames, height, width):
         """See latent_shape; one line unless it is an image."""
         if frames != 1:
-            raise Fatal(f"--frames must be 1 for this teacher of images, got {frames}")
+            raise UserError(f"--frames must be 1 for this teacher of images, got {frames}")
         return latent_shape({**config, "patch_size": (1, 2, 2)}, vae, frames, height, width)
 
     @staticmethod

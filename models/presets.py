@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.files import read_json
+from training.files import read_json
 
 
 class Preset(NamedTuple):

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from einops import rearrange
 
 import common
-from harness import media, metrics
-from harness.files import Fatal
 from tiny import measures
+from training import media, metrics
+from training.files import UserError
 
 
 class Preview:
@@ -43,7 +43,7 @@ class Preview:
             numbers = self.mine[first : first + self.batch_size]
             cond = self.data.cond_of([number // self.seeds for number in numbers])
             with torch.no_grad():
-                latents = sample(common.Draws(self.data.seed, "preview", numbers, self.run.device), cond)
+                latents = sample(common.SampleRNG(self.data.seed, "preview", numbers, self.run.device), cond)
             videos.append(self.decode(latents))
         gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(torch.cat(videos), gathered)
@@ -72,7 +72,7 @@ class Preview:
         fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
         folder = self.run.folder / "previews" / (name if fixed else f"step_{step:07d}")
         if not clips.isfinite().all():
-            raise Fatal(f"videos of the preview {folder.name} are not finite: something broke before it", code=1)
+            raise UserError(f"videos of the preview {folder.name} are not finite: something broke before it", code=1)
         scores = metrics.preview_metrics(clips)
         if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
             scores.pop("diversity")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from harness.files import Fatal
+from training.files import UserError
 
 
 def latent_shape(config, vae, frames, height, width):
@@ -16,15 +16,15 @@ def latent_shape(config, vae, frames, height, width):
     patch = config.get("patch_size", (1, 2, 2))
     for name, size, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
         if size < step or size % step:
-            raise Fatal(f"--{name} must be a multiple of {step} for this teacher, got {size}")
+            raise UserError(f"--{name} must be a multiple of {step} for this teacher, got {size}")
     if frames < 1 or (frames - 1) % time:
-        raise Fatal(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
+        raise UserError(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
     channels = config.get("out_channels") or config.get("in_channels", 16)
     shape = (channels, (frames - 1) // time + 1, height // space, width // space)
     longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
     if longest > limit:
         size = f"{frames} frames of {height} x {width} are {longest} patches along one side"
-        raise Fatal(f"{size}; this teacher's rotary embedding has {limit}: see --frames, --height, --width")
+        raise UserError(f"{size}; this teacher's rotary embedding has {limit}: see --frames, --height, --width")
     return shape, patch
 
 

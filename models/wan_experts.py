@@ -5,8 +5,8 @@ below. All ranks run the same experts, as FSDP2 must: if a batch needs both on a
 import torch
 import torch.distributed as dist
 
-from families.wan import Wan
-from families.wan_i2v import WanI2V
+from models.wan import Wan
+from models.wan_i2v import WanI2V
 
 
 class WanExperts(Wan):

@@ -7,7 +7,7 @@ A family is an `nn.Module` that holds a diffusers transformer, or two, and offer
     v, features = network(x_t, sigma, cond, read=(15, 22))   # and the outputs [b, tokens, width] of these blocks
     network.blocks                                           # the units that FSDP2 shards
     network.width                                            # of the features
-    network.in_turn(x_t), network.remember(x0, cond)         # of a causal student, see wan_causal.py; else Wan's do
+    network.chunks(x_t), network.update_cache(x0, cond)         # of a causal student, see wan_causal.py; else Wan's do
 
 with x_t latents [b, c, f, h, w], sigma [b] in [0, 1], cond a dict of tensors with the batch first, "text" among them.
 And of the class itself
@@ -18,7 +18,7 @@ And of the class itself
     text_parts                       folders whose files cond["text"] depends on
     lora_layers                      names of the layers that a LoRA is put on
     fps, negative_prompt             frames per second; the prompt of guidance's other half
-    shapes(config, vae, frames, height, width)       latent shape (c, f, h, w) and patch size, or Fatal
+    shapes(config, vae, frames, height, width)       latent shape (c, f, h, w) and patch size, or UserError
     text_length(folder)              tokens that every prompt is padded to
     tokenizer(folder)                the text encoder's tokenizer, of transformers
     text_encoder(folder, device)     a function: list of prompts -> list of embeddings [tokens, d]

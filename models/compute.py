@@ -9,8 +9,8 @@ import shutil
 from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.checkpoint import checkpoint
 
-from families.adapters import layers_with_loras, turned_on
-from harness.files import Fatal
+from models.adapters import layers_with_loras, turned_on
+from training.files import UserError
 
 
 def prepare(network, transformers, gradient_checkpointing=0, compile=False, attention=None):
@@ -21,12 +21,12 @@ def prepare(network, transformers, gradient_checkpointing=0, compile=False, atte
                 with attention_backend("native"):  # gives back what diffusers sets for all networks of the process
                     transformer.set_attention_backend(attention)
             except (ValueError, RuntimeError, ImportError) as error:
-                raise Fatal(f"--attention {attention}: {str(error).strip().splitlines()[0]}") from None
+                raise UserError(f"--attention {attention}: {str(error).strip().splitlines()[0]}") from None
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing(recompute(list(network.blocks), gradient_checkpointing))
         if compile:
             if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-                raise Fatal("--compile needs a C++ compiler, and neither g++ nor clang++ is here: install one")
+                raise UserError("--compile needs a C++ compiler, and neither g++ nor clang++ is here: install one")
             transformer.compile_repeated_blocks()
 
 

@@ -6,8 +6,8 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from families.latents import latent_shape
-from harness.files import read_json, readable
+from models.latents import latent_shape
+from training.files import read_json, readable
 
 
 class Wan(nn.Module):
@@ -51,11 +51,11 @@ class Wan(nn.Module):
                 hook.remove()
         return v if read is None else (v, [features[i] for i in read])
 
-    def in_turn(self, x_t):
+    def chunks(self, x_t):
         """The parts of a video [b, c, f, h, w] that are denoised one after another: here it is one."""
         return [x_t]
 
-    def remember(self, x0, cond):
+    def update_cache(self, x0, cond):
         """Take note of a clean part, for those that follow."""
 
     def velocity(self, x_t, sigma, cond):

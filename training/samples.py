@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from harness.files import Fatal, hashed, make_folder, stamps, write_shard
+from training.files import UserError, hashed, make_folder, stamps, write_shard
 
 
 def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
@@ -29,7 +29,7 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
     for turn in tqdm(range(turns), desc="teacher samples", disable=rank > 0 or not missing):
         first = missing[(turn * world + rank) % len(missing)]
         numbers = range(first, min(first + batch_size, count))
-        rng, cond = common.Draws(data.seed, "pairs", numbers, run.device), data.cond(numbers)
+        rng, cond = common.SampleRNG(data.seed, "pairs", numbers, run.device), data.cond(numbers)
         noise = rng.normal(data.model.latent_shape)
         # padding is zero, and no real token's embedding is
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
@@ -43,7 +43,9 @@ def teacher_samples(run, data, solve, count, batch_size, settings, folder=None):
                 tqdm.write(f"{count} samples of the teacher go to {folder}: about {hours[0]:.1f} hours")
             if hours[0] > run.max_hours:
                 flag = "--pairs (tools/make_pairs.py)" if "pairs" in run.args else "--data (tools/make_shards.py)"
-                raise Fatal(f"{count} samples would take {hours[0]:.2g} hours: allow it by --max-hours, or give {flag}")
+                raise UserError(
+                    f"{count} samples would take {hours[0]:.2g} hours: allow it by --max-hours, or give {flag}"
+                )
     dist.barrier()
     return common.Shards(folder, data.model, run.device, data.seed, keys=("latents", "noise"))
 

@@ -1,7 +1,5 @@
 """One run: its folder, logs, checkpoints, and the signals that stop it."""
 
-from harness.flags import check_flags
-
 import fcntl
 import json
 import math
@@ -22,9 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from families.folders import check_name
-from families.presets import PRESETS, name_of
-from harness.checkpoints import (
+from models.folders import check_name
+from models.presets import PRESETS, name_of
+from training.checkpoints import (
     check_checkpoint,
     find_checkpoint,
     find_init,
@@ -35,7 +33,8 @@ from harness.checkpoints import (
     run_name,
     save_weights,
 )
-from harness.files import Fatal, make_folder, read_json, readable_by_all, written_aside
+from training.files import UserError, make_folder, read_json, readable_by_all, written_aside
+from training.flags import check_flags
 
 
 class Run:
@@ -53,7 +52,7 @@ class Run:
         check_name(args.teacher)
         for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
             if (path := getattr(args, name, None)) and not Path(path).exists():
-                raise Fatal(f"--{name}: no such file or folder {path}")
+                raise UserError(f"--{name}: no such file or folder {path}")
         self.script, self.signal, self.handlers = Path(script), 0, {}
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.device, self.rank = common.init_distributed(), dist.get_rank()
@@ -84,22 +83,22 @@ class Run:
         make_folder(args.runs_dir)
         check_shared(Path(args.runs_dir))
         if args.track and find_spec("wandb") is None:
-            raise Fatal("--track needs Weights & Biases: pip install wandb")
+            raise UserError("--track needs Weights & Biases: pip install wandb")
 
     def check_resumed(self, args):
         """Raise one line unless these args can go on where the checkpoint stopped."""
         run = self.checkpoint.parents[1]
         before = read_json(run / "args.json")
         if before.get("script") != self.script.stem:
-            raise Fatal(f"--resume: {run} is no run of {self.script.name}; to start from its weights, --init it")
+            raise UserError(f"--resume: {run} is no run of {self.script.name}; to start from its weights, --init it")
         teachers = {name_of(args.teacher), name_of(str(before.get("teacher")))}
         if len(teachers) > 1 and teachers <= PRESETS.keys():  # a folder may have been moved
-            raise Fatal(f"--resume: {run} has the teacher {before['teacher']}, not {args.teacher}")
+            raise UserError(f"--resume: {run} has the teacher {before['teacher']}, not {args.teacher}")
         if self.step > args.steps:
-            raise Fatal(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
+            raise UserError(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
         for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
             if json.loads(json.dumps(getattr(args, name))) != before[name]:
-                raise Fatal(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
+                raise UserError(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
 
     def restore(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint to resume, else networks from --init; open the run folder.
@@ -114,7 +113,7 @@ class Run:
         found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
         if not found[0]:
-            raise Fatal(f"another process trains in {self.folder}: wait until it has ended")
+            raise UserError(f"another process trains in {self.folder}: wait until it has ended")
         self.folder = found[0]
         if self.rank == 0:
             for part in ("checkpoints", "previews"):
@@ -210,7 +209,9 @@ class Run:
             self.close()
             shutil.rmtree(aside, ignore_errors=True)
             reason, last = (str(error).strip() or repr(error)).splitlines()[-1], latest_checkpoint(self.folder)
-            raise Fatal(f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}", code=1) from None
+            raise UserError(
+                f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}", code=1
+            ) from None
         if self.rank == 0:
             for old in sorted(final.parent.glob("step_*"))[: -self.keep] if self.keep else []:
                 shutil.rmtree(old, ignore_errors=True)
@@ -228,7 +229,7 @@ class Run:
             if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
                 self.close()
                 last = latest_checkpoint(self.folder)
-                raise Fatal(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}", code=1)
+                raise UserError(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}", code=1)
         if self.rank:
             return
         if self.bar is None:
@@ -278,7 +279,9 @@ def check_shared(folder):
     if dist.get_rank() == 0:
         marks[0].unlink()
     if not all(seen):
-        raise Fatal(f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share --runs-dir")
+        raise UserError(
+            f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share --runs-dir"
+        )
 
 
 def git_revision():

@@ -1,15 +1,15 @@
 """A causal Wan 2.1, for autoregressive students (Self-Forcing, arXiv 2506.08009): latent frames come in blocks, each of
 which attends to itself and to the clean ones before it, whose keys and values are kept.
 
-The weights are a stock Wan's. `for x_t in network.in_turn(noise)` gives the blocks, `network(x_t, sigma, cond)` is
-called on the one whose turn it is, and `network.remember(x0, cond)` keeps it when it is clean.
+The weights are a stock Wan's. `for x_t in network.chunks(noise)` gives the blocks, `network(x_t, sigma, cond)` is
+called on the one whose turn it is, and `network.update_cache(x0, cond)` keeps it when it is clean.
 """
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 
-from families.wan import Wan
+from models.wan import Wan
 
 
 class Angles(tuple):
@@ -72,13 +72,13 @@ class CausalWan(Wan):
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(CausalAttention(layer))
 
-    def in_turn(self, x_t):
+    def chunks(self, x_t):
         rope, self.frames = self.transformer.rope, x_t.shape[2]
         rope.start, rope.past, rope.new = 0, (), None
         return x_t.split(self.frame_block, dim=2)
 
     @torch.no_grad()
-    def remember(self, x0, cond):
+    def update_cache(self, x0, cond):
         """Keep the keys and values of a clean block x0 [b, c, f, h, w]: one pass at noise level 0."""
         rope, f = self.transformer.rope, x0.shape[2]
         if rope.start + f == self.frames:  # nothing follows

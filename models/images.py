@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 
-from harness.files import Fatal
+from training.files import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -16,16 +16,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 def find_images(folder, count, height, width):
     """Paths of the images of `count` prompts: that of line n of a file of prompts is named n (1.png, 002.jpg, …)."""
     if not Path(folder).is_dir():
-        raise Fatal(f"--images: no such folder {folder}")
+        raise UserError(f"--images: no such folder {folder}")
     found = {}
     for path in sorted(Path(folder).iterdir()):
         if path.suffix.lower() in SUFFIXES and path.stem.isdecimal():
             if int(path.stem) in found:
-                raise Fatal(f"--images: {path} and {found[int(path.stem)].name} are both of line {int(path.stem)}")
+                raise UserError(f"--images: {path} and {found[int(path.stem)].name} are both of line {int(path.stem)}")
             found[int(path.stem)] = path
     for line in range(1, count + 1):
         if line not in found:
-            raise Fatal(f"no image of prompt {line} of {count} (--images): {folder}/{line}{' or '.join(SUFFIXES)}")
+            raise UserError(f"no image of prompt {line} of {count} (--images): {folder}/{line}{' or '.join(SUFFIXES)}")
     paths = [found[line] for line in range(1, count + 1)]
     tell_cropped(paths, height, width)
     return paths
@@ -51,7 +51,7 @@ def opened(path):
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fatal(f"cannot read the image {path} ({str(error).splitlines()[0]})", alone=True) from None
+        raise UserError(f"cannot read the image {path} ({str(error).splitlines()[0]})", alone=True) from None
 
 
 def read_images(paths, height, width):
@@ -64,7 +64,7 @@ def read_images(paths, height, width):
         with opened(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # which PIL would cut off at 255
-                raise Fatal(f"{path} has more than 8 bits a channel: convert it first", alone=True)
+                raise UserError(f"{path} has more than 8 bits a channel: convert it first", alone=True)
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

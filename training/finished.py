@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import common
-from harness.checkpoints import latest_checkpoint, load_networks
-from harness.files import Fatal, read_json
+from training.checkpoints import latest_checkpoint, load_networks
+from training.files import UserError, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,22 +18,22 @@ def load_run(folder):
     given = str(folder).removesuffix(":raw")
     folder, asked = Path(given).absolute(), "give runs/NAME or runs/NAME/checkpoints/step_N"
     if not given or not folder.is_dir():
-        raise Fatal(f"no such run {given!r}: {asked}")
+        raise UserError(f"no such run {given!r}: {asked}")
     checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
     if checkpoint is None or not (checkpoint / "args.json").is_file():
         started = (folder / "args.json").is_file()
-        raise Fatal(f"{folder} {'has no checkpoint yet' if started else 'is no run'}: {asked}")
+        raise UserError(f"{folder} {'has no checkpoint yet' if started else 'is no run'}: {asked}")
     record = read_json(checkpoint / "args.json")  # what it was trained with
     name = record.pop("script", None)
     rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}
     rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
     if name not in rooms:
-        raise Fatal(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
+        raise UserError(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
     script = import_module(rooms[name] + name)
     try:
         args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
     except TypeError as error:
-        raise Fatal(f"{checkpoint / 'args.json'} does not fit today's {name}.py: {error}") from None
+        raise UserError(f"{checkpoint / 'args.json'} does not fit today's {name}.py: {error}") from None
     return script, args, checkpoint
 
 
@@ -48,7 +48,7 @@ def noise_levels(script, args):
     Found by sampling with networks that return zero; there are more of them than the sampler has use for.
     """
     students = [Recorder() for _ in range(100)]
-    rng = common.Draws(0, "noise levels", [0], torch.device("cpu"))
+    rng = common.SampleRNG(0, "noise levels", [0], torch.device("cpu"))
     script.sample_student(students, rng, {}, (1, 1, 1, 1), args)
     return [student.levels for student in students if student.levels]
 
@@ -63,10 +63,10 @@ class Recorder:
         self.levels.append(round(sigma[0].item(), 6))
         return torch.zeros_like(x_t)
 
-    def in_turn(self, x_t):
+    def chunks(self, x_t):
         return [x_t]
 
-    def remember(self, x0, cond):
+    def update_cache(self, x0, cond):
         pass
 
 
@@ -77,7 +77,7 @@ def student_folders(script, args, checkpoint):
     )
     needed = len(noise_levels(script, args))
     if len(folders) < needed:
-        raise Fatal(f"{checkpoint}: {len(folders)} of {needed} phases are trained; finish the run")
+        raise UserError(f"{checkpoint}: {len(folders)} of {needed} phases are trained; finish the run")
     return folders
 
 

@@ -6,8 +6,8 @@ velocity is the one that leads there, so that every prediction of x0 keeps the f
 
 import torch
 
-from families.latents import encode
-from families.wan import Wan
+from models.latents import encode
+from models.wan import Wan
 
 
 class Wan5B(Wan):

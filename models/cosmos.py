@@ -16,9 +16,9 @@ from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATI
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from families.wan import Wan
-from families.wan_5b import Wan5BI2V
-from harness.files import readable
+from models.wan import Wan
+from models.wan_5b import Wan5BI2V
+from training.files import readable
 
 if not hasattr(transformer_cosmos, "transforms"):  # all that the network needs of torchvision
     transformer_cosmos.transforms = SimpleNamespace(

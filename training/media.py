@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from harness.files import written_aside
+from training.files import written_aside
 
 # contact sheet: pixels between clips and between frames, characters in a line of a label, pixels of a row's clips
 CLIP_GAP, FRAME_GAP, LABEL_CHARS, ROW_WIDTH = 8, 1, 24, 1100

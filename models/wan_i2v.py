@@ -9,10 +9,10 @@ as WanImageToVideoPipeline makes them. The network reads both; nothing holds its
 import torch
 from transformers import AutoImageProcessor, CLIPVisionModel
 
-from families.images import to_pil
-from families.latents import encode
-from families.wan import Wan
-from harness.files import Fatal, readable
+from models.images import to_pil
+from models.latents import encode
+from models.wan import Wan
+from training.files import UserError, readable
 
 
 class WanI2V(Wan):
@@ -26,9 +26,11 @@ class WanI2V(Wan):
     @staticmethod
     def conditions(config, shape):
         if config.get("pos_embed_seq_len"):
-            raise Fatal("this teacher makes a video between a first and a last frame, which no family here does")
+            raise UserError("this teacher makes a video between a first and a last frame, which no family here does")
         if config["in_channels"] != 2 * shape[0] + 4:
-            raise Fatal(f"its network takes {config['in_channels']} channels, and image-to-video is {2 * shape[0] + 4}")
+            raise UserError(
+                f"its network takes {config['in_channels']} channels, and image-to-video is {2 * shape[0] + 4}"
+            )
         features = {"features": (257, config["image_dim"])} if config.get("image_dim") else {}
         return {"image": (shape[0] + 4, *shape[1:]), **features}
 

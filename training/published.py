@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import common
-from families.adapters import Adapted
-from families.folders import teacher_folder
-from harness.files import Fatal, read_json, readable
+from models.adapters import Adapted
+from models.folders import teacher_folder
+from training.files import UserError, read_json, readable
 
 # entries of a file, the one that is taken first: CausVid's, Self-Forcing's and CoDMD's names, then FastGen's
 STUDENTS, FAKE_SCORES = ("generator_ema", "generator", "ema", "net", "model"), ("critic", "fake_score")
@@ -45,11 +45,11 @@ def check(path, teacher):
         folder = path / "transformer" if (path / "transformer").is_dir() else path
         files = sorted(folder.glob("*.safetensors"))
         if loras := [file for file in files if "lora" in file.name]:
-            raise Fatal(f"--init: {folder} holds a LoRA: name the file, {loras[0]}")
+            raise UserError(f"--init: {folder} holds a LoRA: name the file, {loras[0]}")
         with readable(folder):
             weights = dict(chain.from_iterable(load_file(file).items() for file in files))
         if reason := files and misfit(weights, empty(teacher)):
-            raise Fatal(f"--init: the weights in {folder} do not fit: {reason}")
+            raise UserError(f"--init: the weights in {folder} do not fit: {reason}")
 
 
 def load(path, networks, teacher):
@@ -74,7 +74,7 @@ def opened(path, teacher):
     For a fake score that does not fit the function is None.
     """
     if reason := why_not(teacher):
-        raise Fatal(f"--init: {path} is a file, and {teacher} {reason}: files are read for Wan with one expert")
+        raise UserError(f"--init: {path} is a file, and {teacher} {reason}: files are read for Wan with one expert")
     entries, network = entries_of(path), empty(teacher)
     student = next(entry for entry in STUDENTS if entry in entries)
     if any(re.search(r"\.(lora|lokr|hada|dora)", key) for key in entries[student]):
@@ -82,7 +82,7 @@ def opened(path, teacher):
         return {"student": ("the teacher with this LoRA", lambda: merged(path, teacher, *change))}
     weights = diffusers_names(path, entries[student])
     if reason := misfit(weights, network):
-        raise Fatal(f"--init: the weights in {path} do not fit: {reason}")
+        raise UserError(f"--init: the weights in {path} do not fit: {reason}")
     sources = {"student": (student, lambda: weights)}
     if entry := next((entry for entry in FAKE_SCORES if entry in entries), None):
         # names with _ are of a discriminator that reads its blocks
@@ -96,7 +96,9 @@ def opened(path, teacher):
 def entries_of(path):
     """{entry: {key: tensor}} of a file. Nothing is unpickled. Weights without an entry are "model"."""
     if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
-        raise Fatal(f"--init: cannot read {path}: download it again, or, if older than torch 1.6, torch.save it anew")
+        raise UserError(
+            f"--init: cannot read {path}: download it again, or, if older than torch 1.6, torch.save it anew"
+        )
     with readable(path):
         try:
             if path.suffix == ".safetensors":
@@ -104,7 +106,7 @@ def entries_of(path):
             else:
                 record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
-            raise Fatal(f"--init: {path} holds more than tensors; it would run code, so it is not read") from None
+            raise UserError(f"--init: {path} holds more than tensors; it would run code, so it is not read") from None
     record = record if isinstance(record, dict) else {}
     inner = record.get("model")
     if isinstance(inner, dict) and any(isinstance(value, dict) for value in inner.values()):
@@ -119,7 +121,7 @@ def entries_of(path):
     entries = {entry: record[entry] for entry in (*STUDENTS, *FAKE_SCORES) if isinstance(record.get(entry), dict)}
     if not any(entry in entries for entry in STUDENTS):
         has = ", ".join(map(str, list(record)[:5])) or "nothing by name"
-        raise Fatal(f"--init: no student in {path}: it holds {has}, and none of {', '.join(STUDENTS)}")
+        raise UserError(f"--init: no student in {path}: it holds {has}, and none of {', '.join(STUDENTS)}")
     return entries
 
 
@@ -143,7 +145,7 @@ def diffusers_names(path, weights):
     """Weights by diffusers' names, from those or Wan's own, wrapped or not."""
     plain = {OUTER.sub("", WRAPPED.sub("", key)): value for key, value in weights.items()}
     if len(plain) < len(weights):
-        raise Fatal(f"--init: {path} has two tensors of one name, but for prefixes")
+        raise UserError(f"--init: {path} has two tensors of one name, but for prefixes")
     native = any(".self_attn." in key for key in plain)
     return convert_wan_transformer_to_diffusers(plain) if native else plain
 
@@ -177,18 +179,18 @@ def lora_of(path, weights, network):
     for key in weights:  # diffusers' converter leaves out what it does not know
         lone = key.endswith(".alpha") and not any(k.startswith(f"{key.removesuffix('.alpha')}.lora_") for k in weights)
         if lone or not key.endswith(LORA_ENDS):
-            raise Fatal(f"--init: the LoRA in {path} does not fit: {key} is unknown")
+            raise UserError(f"--init: the LoRA in {path} does not fit: {key} is unknown")
     differences = {key: value for key, value in weights.items() if key.endswith((".diff", ".diff_b", ".diff_m"))}
     try:
         lora = WanPipeline.lora_state_dict({k: v for k, v in weights.items() if k not in differences})
     except Exception as error:  # its converters take out what they expect, and raise whatever comes of that
         reason = str(error).partition("original_state_dict.keys()=")[2][:100] or repr(error)[:100]
-        raise Fatal(f"--init: diffusers cannot convert the LoRA in {path}: {reason}") from None
+        raise UserError(f"--init: diffusers cannot convert the LoRA in {path}: {reason}") from None
     ends = {".diff_m": ".modulation", ".diff_b": ".bias", ".diff": ".weight"}
     added = {key[: key.rindex(".")] + ends[key[key.rindex(".") :]]: value for key, value in differences.items()}
     added = convert_wan_transformer_to_diffusers({OUTER.sub("", key): value for key, value in added.items()})
     lora = {f"transformer.{OUTER.sub('', key)}": value for key, value in lora.items()}
-    unfit = lambda reason: Fatal(f"--init: the LoRA in {path} does not fit: {reason}")
+    unfit = lambda reason: UserError(f"--init: the LoRA in {path} does not fit: {reason}")
     shapes = {key: value.shape for key, value in added.items()}
     for key in lora:
         layer, _, half = key.removeprefix("transformer.").rpartition(".lora_")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what numbers in safetensors may be
 
 
-class Fatal(Exception):
+class UserError(Exception):
     """One line for the user, which the entry point prints, and an exit code: 2 for bad input, 1 for a run that broke.
 
     Of several processes on a machine the first one prints it; with alone=True each that raises it, as what only one
@@ -36,7 +36,7 @@ def read_json(path):
             raise ValueError("it holds no JSON object")
         return record
     except (OSError, ValueError) as error:
-        raise Fatal(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_prompts(path):
@@ -46,16 +46,16 @@ def read_prompts(path):
         prompts = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise Fatal(f"cannot read the prompts in {path}: {reason}") from None
+        raise UserError(f"cannot read the prompts in {path}: {reason}") from None
     if not prompts:
-        raise Fatal(f"{path} holds no prompts: write one per line")
+        raise UserError(f"{path} holds no prompts: write one per line")
     if "\0" in text:
-        raise Fatal(f"{path} is no text file: it holds NUL characters")
+        raise UserError(f"{path} is no text file: it holds NUL characters")
     if "" in prompts:
-        raise Fatal(f"{path}: line {prompts.index('') + 1} is an empty prompt")
+        raise UserError(f"{path}: line {prompts.index('') + 1} is an empty prompt")
     named = prompts[0].startswith("{") or prompts[0].lower() in ("prompt", "prompts", "caption", "captions")
     if named or Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl"):
-        raise Fatal(f"{path} is a table (line 1: {prompts[0][:40]!r}): write one prompt per line and nothing else")
+        raise UserError(f"{path} is a table (line 1: {prompts[0][:40]!r}): write one prompt per line and nothing else")
     return prompts
 
 
@@ -64,11 +64,11 @@ def readable(path):
     """What is read in this block from a teacher's files ends in one line if it cannot be."""
     try:
         yield
-    except Fatal:
+    except UserError:
         raise
     except Exception as error:  # of files that somebody damaged, whatever the library that reads them says
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Fatal(f"cannot read {path} ({reason}): copy or download it again") from None
+        raise UserError(f"cannot read {path} ({reason}): copy or download it again") from None
 
 
 def make_folder(folder, hint="; see --runs-dir"):
@@ -79,7 +79,7 @@ def make_folder(folder, hint="; see --runs-dir"):
             raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
         reason = "it is no folder" if Path(folder).exists() and not Path(folder).is_dir() else error.strerror
-        raise Fatal(f"cannot write the folder {folder}: {reason}{hint}") from None
+        raise UserError(f"cannot write the folder {folder}: {reason}{hint}") from None
 
 
 UMASK = os.umask(0)
@@ -103,7 +103,9 @@ def written_aside(path):
         readable_by_all(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        raise Fatal(f"cannot write {path}: {(str(error).strip() or repr(error)).splitlines()[-1]}", 1, True) from None
+        raise UserError(
+            f"cannot write {path}: {(str(error).strip() or repr(error)).splitlines()[-1]}", 1, True
+        ) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -145,7 +147,7 @@ def read_shard(path):
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("its prompts are no list")
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise Fatal(f"cannot read shard {path} ({error}): corrupt, cut or no shard; make it again") from None
+        raise UserError(f"cannot read shard {path} ({error}): corrupt, cut or no shard; make it again") from None
     return prompts, shapes, settings
 
 
@@ -153,7 +155,7 @@ def read_sample(path, name):
     """One tensor of a shard; one line if it is not finite."""
     tensor = opened(path).get_tensor(name)
     if not tensor.isfinite().all():
-        raise Fatal(f"shard {path}: {name} is not finite: make it again", code=1, alone=True)
+        raise UserError(f"shard {path}: {name} is not finite: make it again", code=1, alone=True)
     return tensor
 
 
@@ -167,7 +169,9 @@ def write_shard(path, prompts, texts, settings=None, **tensors):
     samples = {f"{i}.{key}": own(tensor) for key, values in every.items() for i, tensor in enumerate(values)}
     for name, tensor in samples.items():
         if not tensor.isfinite().all():
-            raise Fatal(f"{name} of {prompts[int(name.split('.')[0])]!r} is not finite: not written to {path}", 1, True)
+            raise UserError(
+                f"{name} of {prompts[int(name.split('.')[0])]!r} is not finite: not written to {path}", 1, True
+            )
     if settings:
         samples["settings"] = torch.tensor(settings, dtype=torch.float64)
     with written_aside(path) as aside:  # one entry of metadata: safetensors would write two in any order

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harness.files import Fatal
+from training.files import UserError
 
 
 def add_adapters(transformer, layers, adapters):
@@ -21,7 +21,7 @@ def add_adapters(transformer, layers, adapters):
         try:
             transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), name)
         except ValueError as error:
-            raise Fatal(f"no LoRA fits on this teacher: {error}") from None
+            raise UserError(f"no LoRA fits on this teacher: {error}") from None
     for layer in layers_with_loras(transformer):
         layer._active_adapter = []
 

@@ -16,9 +16,9 @@ import tyro
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
-from families.presets import PRESETS, most_like
-from harness.checkpoints import find_checkpoint
-from harness.files import Fatal, read_json
+from models.presets import PRESETS, most_like
+from training.checkpoints import find_checkpoint
+from training.files import UserError, read_json
 
 
 @dataclass(kw_only=True)
@@ -103,7 +103,7 @@ class RunArgs:
     def adapters(self):
         """{role: (rank, alpha)} of the networks that are a LoRA on the teacher."""
         if self.lora_rank and getattr(self, "frame_block", 0):
-            raise Fatal("--lora-rank goes without --frame-block: a causal student is no LoRA on this teacher")
+            raise UserError("--lora-rank goes without --frame-block: a causal student is no LoRA on this teacher")
         like_the_student = ("student", "ema", *(f"expert_{i}" for i in range(len(getattr(self, "phase_ends", ())) - 1)))
         ranks = dict.fromkeys(like_the_student, self.lora_rank) | {"fake_score": self.fake_lora_rank}
         return {role: (rank, self.lora_alpha) for role, rank in ranks.items() if rank}
@@ -123,11 +123,11 @@ def check_flags(args):
                 and bounds.get("gt", -math.inf) < number < bounds.get("lt", math.inf)
             ):
                 must = " and ".join(f"{words[k]} {b:g}" for k, b in bounds.items()) or "finite"
-                raise Fatal(f"--{name.replace('_', '-')} must be {must}, got {number}")
+                raise UserError(f"--{name.replace('_', '-')} must be {must}, got {number}")
 
-    low, high = getattr(args, "score_times", (0, 1))
+    low, high = getattr(args, "score_sigmas", (0, 1))
     if low >= high:
-        raise Fatal(f"--score-times must rise, got {low} {high}")
+        raise UserError(f"--score-sigmas must rise, got {low} {high}")
 
 
 def recipe_of(teacher, recipes):
@@ -155,7 +155,7 @@ def parse_args(Args, recipes):
     --resume, the args of that run stand in for both.
     """
     if "--frame-block" in sys.argv and "frame_block" not in Args.__dataclass_fields__:
-        raise Fatal("--frame-block: no causal student here; dmd2.py, dfd.py and codmd.py have one")
+        raise UserError("--frame-block: no causal student here; dmd2.py, dfd.py and codmd.py have one")
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("teacher", "seed", "runs-dir", "resume"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
@@ -168,7 +168,7 @@ def parse_args(Args, recipes):
         before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items() if k in vars(args)}
         for name, value in before.items():
             if isinstance(vars(args)[name], (int, float)) and not isinstance(value, (int, float)):
-                raise Fatal(f"{run / 'args.json'} is damaged: {name} is {value!r}")
+                raise UserError(f"{run / 'args.json'} is damaged: {name} is {value!r}")
         place = {"runs_dir": str(run.parent)} if before else {}  # it may have been moved
         args = replace(args, **{**before, **place, "resume": None, "track": False})
     row = recipe_of(args.teacher, recipes)
@@ -194,8 +194,10 @@ def one_line_errors():
             if not full(error):
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            raise Fatal(f"cannot write: {where}{error.strerror}; free some space, then go on", 1, alone=True) from None
-    except Fatal as error:
+            raise UserError(
+                f"cannot write: {where}{error.strerror}; free some space, then go on", 1, alone=True
+            ) from None
+    except UserError as error:
         if error.alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
         raise SystemExit(error.code) from None

@@ -1,0 +1,1 @@
+"""What every run needs and no equation does: flags, run folder, resume, previews, metrics, files."""
