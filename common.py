@@ -6,9 +6,9 @@ function of (seed, sample number), so a run has no hidden state: it resumes exac
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,10 +24,8 @@ from torch.distributed.nn.functional import all_gather
 from models.adapters import Adapted, add_adapters
 from models.folders import teacher_folder
 from models.images import find_images
-from models.latents import decode, encode  # noqa: F401  (previews and tools decode with it)
-from models.presets import TINY_WORLD, kind_of, name_of
+from models.presets import TINY_FPS, TINY_WORLD, kind_of, name_of
 from models.text import encoded_prompts
-from tiny import world as tiny
 from training.files import UserError, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
 
 # no script writes in place into a network's output, which is what this warns of
@@ -72,10 +70,8 @@ class Model:
             vae = read_json(self.folder / "vae" / "config.json")
             self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
             self.conditions = self.family.conditions(self.config, self.latent_shape)
-        self.world = tiny if name_of(teacher) in TINY_WORLD else None
-        if self.world and self.size[1:] != (tiny.SIZE, tiny.SIZE):
-            raise UserError(f"the tiny world is {tiny.SIZE} x {tiny.SIZE} pixels: see --height, --width")
-        self.fps = tiny.FPS if self.world else self.family.fps
+        self.world = name_of(teacher) in TINY_WORLD
+        self.fps = TINY_FPS if self.world else self.family.fps
         self.negative_prompt = "" if self.world else self.family.negative_prompt
 
     def network_class(self, frame_block=0):
@@ -83,6 +79,12 @@ class Model:
         from models.classes import causal
 
         return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
+
+    def check(self, frame_block, blocks):
+        """A causal student of that many frames, and a discriminator of these blocks, can be made of this teacher."""
+        self.network_class(frame_block)
+        if not set(blocks) <= set(range(self.config["num_layers"])):
+            raise UserError(f"--discriminator-blocks: this teacher has {self.config['num_layers']} blocks, got {blocks}")
 
     def load_network(self, role, device, frame_block=0, dtype=None, base=None, adapters=None):
         """A network with the teacher's weights, sharded over all ranks.
@@ -243,33 +245,22 @@ class SampleRNG:
         return torch.stack([torch.rand((), generator=g, device=g.device) for g in self.generators])
 
 
-torch.get_num_threads()  # which settles the main thread's number, before another thread has one
-READER = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-
-
 class Samples:
     """Training samples by number, any number: prompts, what the network reads of them, and perhaps clips.
 
     A subclass has model, device, seed, prompts (a list), has_clips, and the methods row(number), cond_of(rows) and
-    latents(numbers), which a thread of its own runs.
+    latents(numbers).
     """
 
-    asked = frozenset()  # streams whose clips have been read
-
     def micro_batches(self, stream, step, batch_size, grad_accum):
-        """This rank's micro-batches of a step: (rng, cond, x0_data), draws of `stream`, conditions, and a function that
+        """This rank's micro-batches of a step: (rng, cond, load_x0), draws of `stream`, conditions, and a function that
         reads the clips' latents [b, c, f, h, w]. Over all ranks, step s has the samples s * n to (s + 1) * n - 1.
         """
         for micro in range(grad_accum):
             first = ((step * grad_accum + micro) * dist.get_world_size() + dist.get_rank()) * batch_size
             numbers = range(first, first + batch_size)
-            started = READER.submit(self.latents, numbers) if stream in self.asked else None  # while networks run
-
-            def x0_data(numbers=numbers, started=started):
-                self.asked |= {stream}
-                return (started or READER.submit(self.latents, numbers)).result()
-
-            yield SampleRNG(self.seed, stream, numbers, self.device), self.cond(numbers), cache(x0_data)
+            load_x0 = cache(partial(self.latents, numbers))
+            yield SampleRNG(self.seed, stream, numbers, self.device), self.cond(numbers), load_x0
 
     def prompt(self, number):
         return self.prompts[self.row(number)]
@@ -277,6 +268,14 @@ class Samples:
     def cond(self, numbers):
         """Conditions of samples, {"text": [b, l, d]} and what the model's family adds, float32 on the device."""
         return self.cond_of([self.row(number) for number in numbers])
+
+    def preview_clips(self, prompts, seeds, to_video):
+        """Clips [p, s, 3, f, h, w] of the first prompts, to be shown beside samples."""
+        return to_video(self.latents_of(range(prompts))).unsqueeze(1)
+
+    def measure(self, prompts, clips):
+        """What a world whose truth is known reads of clips [p, s, 3, f, h, w]: {name: float}."""
+        return {}
 
 
 class Shards(Samples):
@@ -298,28 +297,19 @@ class Shards(Samples):
         keys = (*(keys or ()), *self.conditions)
         self.has_clips = "latents" in keys
         self.folder, self.rows, self.prompts, self.orders = Path(folder), [], [], {}
-        paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-        if not paths:
-            raise UserError(
-                f"no *.safetensors shards in {folder}{', a file: give its folder' * Path(folder).is_file()}"
-            )
-        for path in paths:
+        for path in sorted(self.folder.glob("*.safetensors")):
             prompts, shapes, made_with = read_shard(path)
             for i, key in ((i, key) for i in range(len(prompts)) for key in ("text", *keys)):
                 shape = shapes.get(f"{i}.{key}")
                 own = {"text": (shape[0] if shape else "tokens", model.text_dim), **self.conditions}
                 if shape != (wanted := own.get(key, model.latent_shape)):
-                    raise UserError(
-                        f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher and size need {wanted}"
-                    )
+                    raise UserError(f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher needs {wanted}")
             if settings and made_with and made_with != list(settings):
-                raise UserError(
-                    f"{folder} was made with {made_with}, this run has {list(settings)} (guidance, shift, steps)"
-                )
+                raise UserError(f"{path} has guidance, shift, steps {made_with}, this run {list(settings)}")
             self.prompts += prompts
             self.rows += [(path, i) for i in range(len(prompts))]
         if not self.rows:
-            raise UserError(f"the shards in {folder} hold no samples")
+            raise UserError(f"no samples in {folder}: it must be a folder with *.safetensors shards")
 
     def __len__(self):
         return len(self.rows)
@@ -348,36 +338,6 @@ class Shards(Samples):
         return torch.stack(picked).float().to(self.device)
 
 
-class TinyWorld(Samples):
-    """Samples of the tiny world, made on the fly: sample i is the clip (seed, i) of tiny/world.py. Row i is a caption,
-    for image-to-video with the first frame of the clip 10**9 + i.
-    """
-
-    has_clips = True
-
-    def __init__(self, model, cache, device, seed):
-        self.model, self.device, self.seed, self.vae, self.read = model, device, seed, None, model.image_encoder(device)
-        self.prompts = list(tiny.CAPTIONS)
-        self.captions = encode_text(model, self.prompts, cache, device)
-
-    def row(self, number):
-        return tiny.draw_factors(self.seed, number)["caption"]
-
-    def cond(self, numbers):
-        return self.cond_of([self.row(number) for number in numbers], numbers)
-
-    def cond_of(self, rows, numbers=None):
-        text = self.captions.cond_of(rows)
-        if not self.model.conditions:
-            return text
-        clips = tiny.batch(self.seed, numbers or [10**9 + row for row in rows], [self.prompts[row] for row in rows])[0]
-        return text | self.read(clips[:, :, :1])
-
-    def latents(self, numbers):
-        self.vae = self.vae or self.model.load_vae(self.device)
-        return encode(self.vae, tiny.batch(self.seed, numbers)[0])
-
-
 def load_data(model, prompts, data, cache, device, seed, images=None):
     """Training samples: latent shards from the folder `data`, prompts from the file `prompts` (for image-to-video with
     first frames from the folder `images`), or the tiny world; without any, the prompts that ship with the repository.
@@ -385,14 +345,9 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
     if images and (data or not model.conditions or not prompts):
         raise UserError("--images goes with --prompts and an image-to-video teacher, and without --data")
     if data:
-        shards = Shards(data, model, device, seed, keys=("latents",))
-        if "0.noise" in opened(shards.rows[0][0]).keys() and dist.get_rank() == 0:
-            print(f"the clips in {data} are samples of a teacher (pairs), not real ones")
-        return shards
+        return Shards(data, model, device, seed, keys=("latents",))
     if model.world and not prompts:
-        if model.size[0] != tiny.FRAMES:
-            raise UserError(f"clips of the tiny world have {tiny.FRAMES} frames, got --frames {model.size[0]}")
-        return TinyWorld(model, cache, device, seed)
+        return import_module("tiny.samples").TinyWorld(model, cache, device, seed)  # it builds on this file
     if model.conditions and not images:
         raise UserError(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")

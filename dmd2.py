@@ -6,24 +6,23 @@ its features, which sees real videos, can correct the teacher; the student takes
     python dmd2.py                                         # the tiny teacher, minutes on two CPU cores
     torchrun --nproc_per_node=8 dmd2.py --teacher wan2.1-1.3b
 
-Notes, healthy curves and results: docs/dmd2.md. A diff of dmd.py: docs/diffs/dmd-dmd2.md.
+Notes, healthy curves and results: docs/dmd2.md. Read it as a diff: git diff --no-index dmd.py dmd2.py
 """
 
-import time
 from collections import defaultdict
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le, Lt
 from einops import rearrange, reduce
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 import common
-from training.files import UserError
-from training.flags import RunArgs, launch
+from training.flags import Interval, Levels, RunArgs, Unit, launch
 from training.preview import Preview
 from training.run import Run
 from training.samples import teacher_samples
@@ -31,102 +30,74 @@ from training.samples import teacher_samples
 
 @dataclass(kw_only=True)
 class Args(RunArgs):
-    """Numbers without a default stand in RECIPES, a row per teacher. A flag beats both."""
+    """The defaults are for Wan2.1-1.3B on 8 GPUs; models/recipes.py has what other teachers change."""
 
-    steps: Annotated[int, Ge(1)]
+    steps: PositiveInt = 10_000
     """Training steps; one step updates the fake score once."""
-    student_every: Annotated[int, Ge(1)]
-    """Fake-score updates per student update: the two time-scale rule (DMD2, sec. 4.2)."""
-    lr: Annotated[float, Ge(0)]
+    grad_accum: PositiveInt = 8  # CoDMD: 64 videos per update
+    """Micro-batches whose gradients are averaged into one update."""
+    student_every: PositiveInt = 5  # DMD2, sec. 4.2
+    """Fake-score updates per student update: the two time-scale rule."""
+    lr: NonNegativeFloat = 2e-6  # CoDMD
     """Learning rate of the student."""
-    fake_score_lr: Annotated[float, Ge(0)]
+    fake_score_lr: NonNegativeFloat = 4e-7  # CoDMD
     """Learning rate of the fake score and the discriminator."""
-    ema_decay: Annotated[float, Ge(0), Le(1)]
+    ema_decay: Unit = 0.99  # Self-Forcing; DMD2 and CoDMD have no average
     """Decay of the averaged student, which is what previews and exports show; 0 keeps no average."""
 
-    guidance_scale: Annotated[float, Ge(0)]
+    guidance_scale: NonNegativeFloat = 4.5  # CoDMD
     """Teacher's guidance, uncond + g * (cond - uncond). Where a paper has cond + w * (cond - uncond), g = w + 1."""
-    shift: Annotated[float, Ge(1)]
-    """Noise-level shift s, sigma = s u / (1 + (s - 1) u): of the score times and of the teacher's solver."""
-    score_sigmas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.02, 0.98)
-    """Range of score times: after the shift, draws beyond it are set to its ends. See docs/dialects.md."""
-    student_sigmas: tuple[float, ...]
+    shift: Annotated[float, Field(ge=1)] = 8.0  # CoDMD
+    """Shift s of noise levels, sigma = s u / (1 + (s - 1) u): of those that are scored and of the teacher's solver."""
+    score_sigmas: Interval = (0.02, 0.98)  # CausVid, DMD2's .02 and .98 of 1,000 timesteps
+    """Range of the noise levels that are scored: after the shift, draws beyond it are set to its ends."""
+    student_sigmas: Levels = (1.0, 0.9, 0.757, 0.522)  # CoDMD
     """Noise levels at which the student predicts a video, the first .99 to 1."""
-    frame_block: Annotated[int, Ge(0)] = 0
+    frame_block: NonNegativeInt = 0
     """Latent frames that a causal student makes at a time, from those before (Self-Forcing: 3); 0: all at once."""
-    student_input: Literal["simulate", "data"]
-    """Training inputs below noise level 1: the student's own earlier steps (DMD2, sec. 4.5), or clips with noise."""
-    gan_weight: Annotated[float, Ge(0)]
+    student_input: Literal["simulate", "data"] = "simulate"  # DMD2, sec. 4.5
+    """Training inputs below noise level 1: the student's own earlier steps, or clips with noise."""
+    gan_weight: NonNegativeFloat = 3e-3  # DMD2: 1e-3 to 5e-3
     """Weight of the student's GAN loss. 0 builds no discriminator."""
-    discriminator_weight: Annotated[float, Ge(0)]
+    discriminator_weight: NonNegativeFloat = 1e-2  # DMD2
     """Weight of the discriminator's loss beside the fake score's."""
-    discriminator_blocks: tuple[int, ...]
+    discriminator_blocks: tuple[int, ...] = (15, 22, 29)  # FastGen
     """Transformer blocks of the fake score whose outputs the discriminator reads."""
 
 
-RECIPES = {  # the first row is everybody's; the others change it
-    "wan2.1-1.3b": {  # CoDMD on Wan2.1-1.3B, 64 videos per update on 8 GPUs
-        "batch_size": 1, "grad_accum": 8, "steps": 10_000, "student_every": 5, "lr": 2e-6, "fake_score_lr": 4e-7,
-        "betas": (0.9, 0.999), "weight_decay": 0.01, "max_grad_norm": 10.0, "ema_decay": 0.99,
-        "guidance_scale": 4.5, "shift": 8.0, "student_sigmas": (1.0, 0.9, 0.757, 0.522), "student_input": "simulate",
-        "gan_weight": 3e-3, "discriminator_weight": 1e-2,  # DMD2: 1e-3 to 5e-3, and 1e-2
-        "discriminator_blocks": (15, 22, 29),  # FastGen on Wan
-    },
-    "wan2.1-14b": {  # CoDMD's 14B config; the blocks in proportion
-        "shift": 5.0, "lr": 4e-6, "fake_score_lr": 8e-7, "grad_accum": 4, "student_sigmas": (1.0, 0.937, 0.833, 0.624),
-        "discriminator_blocks": (20, 29, 39),
-    },
-    "cosmos2.5-2b": {  # FastGen's, but for its first level .999, x0-space fake score, and the teacher's features
-        "lr": 1e-5, "fake_score_lr": 1e-5, "guidance_scale": 4.0, "shift": 5.0, "score_sigmas": (0.001, 0.999),
-        "student_sigmas": (1.0, 0.937, 0.833, 0.624), "gan_weight": 0.03, "discriminator_blocks": (13, 20, 27),
-    },
-    "qwen-image": {"discriminator_blocks": (30, 44, 59)},  # CoDMD's 14B otherwise: no paper has one
-    "tiny": {
-        "batch_size": 16, "grad_accum": 1, "steps": 500, "lr": 1e-3, "fake_score_lr": 1e-3, "anneal_lr": True,
-        "betas": (0.0, 0.999), "guidance_scale": 2.0, "shift": 3.0, "gradient_checkpointing": 0,
-        "student_sigmas": (1.0, 0.9, 0.75, 0.5), "discriminator_blocks": (1, 3, 5),
-        "save_every": 250, "preview_every": 250, "preview_prompts": 12,
-    },
-}  # fmt: skip
-
-
-def check(args, model):
-    """Raise one line for noise levels or blocks that cannot be."""
-    sigmas, blocks, last = args.student_sigmas, args.discriminator_blocks, model.config["num_layers"] - 1
-    model.network_class(args.frame_block)
-    if not (sigmas and 0.99 <= sigmas[0] <= 1) or not all(high > low > 0 for high, low in pairwise(sigmas)):
-        raise UserError(f"--student-sigmas must start at .99 to 1 and fall, above 0, got {' '.join(map(str, sigmas))}")
-    if args.gan_weight and not 0 < len(blocks) == len(set(blocks) & set(range(last + 1))):
-        raise UserError(f"--discriminator-blocks must be different numbers from 0 to {last}, got {blocks}")
-
-
-def needs_clips(args):
-    return args.gan_weight > 0 or args.student_input == "data"
+def noise_levels(args):
+    """Noise levels at which the finished student predicts, a tuple for each network that a run exports."""
+    return [args.student_sigmas]
 
 
 # ------------------------------------------------------------------------------------- schedule and sampler
 
 
 def add_noise(x0, noise, sigma):
+    """x_t of rectified flow. x0, noise [b, c, f, h, w]; sigma [b] in [0, 1]: 0 is the clean video, 1 noise."""
     sigma = rearrange(sigma, "b -> b 1 1 1 1")
     return (1 - sigma) * x0 + sigma * noise
 
 
 def sample_sigma(rng, shift, low=0.02, high=0.98):
+    """Noise levels [b] at which samples are scored: uniform u after the shift, within [low, high]."""
     u = rng.uniform()
     return (shift * u / (1 + (shift - 1) * u)).clamp(low, high)
 
 
 def predict_x0(network, x_t, sigma, cond):
-    v = network(x_t, sigma, cond)
+    """The clean video [b, c, f, h, w], float32, that a network predicts from x_t at sigma [b]."""
+    v, _ = network(x_t, sigma, cond)
     return x_t - rearrange(sigma, "b -> b 1 1 1 1") * v
 
 
 def guided_x0(network, x_t, sigma, cond, null_cond, guidance_scale):
     """Classifier-free guidance, both halves in one forward. null_cond is one row; what it lacks is the same in both."""
+    if guidance_scale == 1:
+        return predict_x0(network, x_t, sigma, cond)
     both = {key: torch.cat([null_cond.get(key, x).expand_as(x), x]) for key, x in cond.items()}
-    uncond, cond = predict_x0(network, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
-    return uncond + guidance_scale * (cond - uncond)
+    x0_uncond, x0_cond = predict_x0(network, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).chunk(2)
+    return x0_uncond + guidance_scale * (x0_cond - x0_uncond)
 
 
 def rollout(student, rng, cond, shape, sigmas, x0_data=None):
@@ -146,18 +117,19 @@ def rollout(student, rng, cond, shape, sigmas, x0_data=None):
     return torch.cat(video, dim=2)
 
 
-def sample_student(students, rng, cond, shape, args):
+def sample_student(students, shape, args, rng, cond):
     """The finished student's video [b, *shape]. students: the networks that a run exports, here one."""
     return rollout(students[0], rng, cond, shape, args.student_sigmas)
 
 
 @torch.no_grad()
-def solve_ode(teacher, x_t, cond, null_cond, guidance_scale, shift, steps):
-    """The guided teacher's video from noise x_t [b, *shape]: Euler steps from sigma 1 to 0."""
-    u = torch.linspace(1, 0, steps + 1, device=x_t.device)
-    sigmas = shift * u / (1 + (shift - 1) * u)
+def sample_teacher(teacher, null_cond, shape, args, rng, cond):
+    """The guided teacher's video [b, *shape] from its own noise: Euler steps from sigma 1 to 0."""
+    x_t = rng.normal(shape)
+    u = torch.linspace(1, 0, args.teacher_steps + 1, device=x_t.device)
+    sigmas = args.shift * u / (1 + (args.shift - 1) * u)
     for sigma, sigma_next in pairwise(sigmas):
-        x0 = guided_x0(teacher, x_t, sigma.expand(len(x_t)), cond, null_cond, guidance_scale)
+        x0 = guided_x0(teacher, x_t, sigma.expand(len(x_t)), cond, null_cond, args.guidance_scale)
         x_t = x0 + sigma_next / sigma * (x_t - x0)  # = x_t + (sigma_next - sigma) * v
     return x_t
 
@@ -208,47 +180,41 @@ def flow_loss(v, x0, noise):
 
 
 def main(args):
-    # setup
-    run = Run(__file__, args)
+    device = common.init_distributed()
+    run = Run(__file__, args, device)
     model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
-    check(args, model)
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
-    null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
+    from_data, blocks = args.student_input == "data", args.discriminator_blocks if args.gan_weight else ()
+    model.check(args.frame_block, blocks)
+    data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
+    null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
 
-    teacher = model.load_network("teacher", run.device, adapters=args.adapters)
-    student = model.load_network("student", run.device, args.frame_block, base=teacher)
-    fake_score = model.load_network("fake_score", run.device, base=teacher)
-    ema = model.load_network("ema", run.device, args.frame_block, base=teacher) if args.ema_decay else student
-    from_data = args.student_input == "data"
-    read = args.discriminator_blocks if args.gan_weight else ()
+    teacher = model.load_network("teacher", device, adapters=args.adapters)
+    student = model.load_network("student", device, args.frame_block, base=teacher)
+    fake_score = model.load_network("fake_score", device, base=teacher)
+    ema = model.load_network("ema", device, args.frame_block, base=teacher) if args.ema_decay else student
     if args.gan_weight:
         torch.manual_seed(args.seed)
-        fake_score.heads = model.shard(Heads(fake_score.width, read).to(run.device), run.device)
+        fake_score.heads = model.shard(Heads(fake_score.width, blocks).to(device), device)
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
 
-    settings = (args.guidance_scale, args.shift, args.teacher_steps)
-    solve = lambda noise, cond: solve_ode(teacher, noise, cond, null_cond, *settings)
-    if needs_clips(args) and not data.has_clips:
-        data = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
-    run.restore(networks, optimizers)
+    if (args.gan_weight or from_data) and not data.has_clips:
+        data = teacher_samples(run, data, partial(sample_teacher, teacher, null_cond, shape, args), args)
+    run.load(networks, optimizers)
+    run.open()
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
     if args.preview_every:
         preview.write_data()
-        preview.write("teacher", lambda rng, cond: solve(rng.normal(shape), cond))
+        preview.write("teacher", partial(sample_teacher, teacher, null_cond, shape, args))
 
     for step in range(run.step, args.steps + 1):
         done = step == args.steps
-
-        # preview
         if args.preview_every and (done or step % args.preview_every == 0):
-            preview.write(step, lambda rng, cond: sample_student([ema], rng, cond, shape, args))
-
-        # save
+            preview.write(step, partial(sample_student, [ema], shape, args))
         stop = run.stop_signal()
         if step > run.step and (done or stop or step % args.save_every == 0):
             run.save(step, networks, optimizers, students=[ema])
@@ -256,54 +222,56 @@ def main(args):
             break
 
         # ------------------------------------------------------------------------------------ one training step
-
-        started, log = time.perf_counter(), defaultdict(float)
+        log = defaultdict(float)
         lr_scale = 1 - step / args.steps if args.anneal_lr else 1
         student_optimizer.param_groups[0]["lr"] = args.lr * lr_scale
         fake_score_optimizer.param_groups[0]["lr"] = args.fake_score_lr * lr_scale
 
-        # how far the student is rolled out in this step: what all ranks must agree on is a function of the step
+        # what changes the number of forwards must agree on all ranks: it is a function of the step
         shared = common.SharedRNG(args.seed, step)
         sigmas = args.student_sigmas[: 1 + int(shared.uniform("exit") * len(args.student_sigmas))]
 
         # student
         if step % args.student_every == 0:
-            for rng, cond, x0_data in data.micro_batches("student", step, args.batch_size, args.grad_accum):
-                x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
+            for rng, cond, load_x0 in data.micro_batches("student", step, args.batch_size, args.grad_accum):
+                x0 = rollout(student, rng, cond, shape, sigmas, load_x0() if from_data else None)
                 with torch.no_grad():
                     sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                     noise = rng.normal(shape)
-                    x_t = add_noise(x0, noise, sigma)
-                    x0_fake = predict_x0(fake_score, x_t, sigma, cond)
+                    x_t = add_noise(x0, noise, sigma).requires_grad_(args.gan_weight > 0)
+                with torch.set_grad_enabled(args.gan_weight > 0):
+                    v, features = fake_score(x_t, sigma, cond, blocks)
+                if args.gan_weight:  # its gradient in x_t alone: nothing of the fake score learns here
+                    gan_loss = gan_student_loss(fake_score.heads(features))
+                    log["loss/gan_student"] += gan_loss.detach() / args.grad_accum
+                    (gan_grad,) = torch.autograd.grad(args.gan_weight * gan_loss, x_t)
+                with torch.no_grad():
+                    x0_fake = x_t - rearrange(sigma, "b -> b 1 1 1 1") * v
                     x0_teacher = guided_x0(teacher, x_t, sigma, cond, null_cond, args.guidance_scale)
                     grad = dmd_gradient(x0, x0_teacher, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
                 if args.gan_weight:
-                    _, features = fake_score(add_noise(x0, noise, sigma), sigma, cond, read)
-                    gan_loss = gan_student_loss(fake_score.heads(features))
-                    log["loss/gan_student"] += gan_loss.detach() / args.grad_accum
-                    loss = loss + args.gan_weight * gan_loss
+                    loss = loss + (gan_grad * add_noise(x0, noise, sigma)).sum()
                 (loss / args.grad_accum).backward()
             log["grad_norm/student"] = common.clip_grad_norm(student, args.max_grad_norm)
             student_optimizer.step()
             student_optimizer.zero_grad()
-            fake_score_optimizer.zero_grad()  # of what the student's GAN loss left in it
             common.ema_update(ema, student, args.ema_decay)
 
-        # fake score
-        for rng, cond, x0_data in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
+        # fake score: the same prompts and clips as the student, as sample numbers go by the step; noise of its own
+        for rng, cond, load_x0 in data.micro_batches("fake_score", step, args.batch_size, args.grad_accum):
             with torch.no_grad():
-                x0 = rollout(student, rng, cond, shape, sigmas, x0_data() if from_data else None)
+                x0 = rollout(student, rng, cond, shape, sigmas, load_x0() if from_data else None)
                 sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
-            v, features = fake_score(x_t, sigma, cond, read)
+            v, features = fake_score(x_t, sigma, cond, blocks)
             loss = flow_loss(v, x0, noise)
             log["loss/fake_score"] += loss.detach() / args.grad_accum
             if args.gan_weight:
                 logits_fake = fake_score.heads(features)
-                _, features = fake_score(add_noise(x0_data(), noise, sigma), sigma, cond, read)
+                _, features = fake_score(add_noise(load_x0(), noise, sigma), sigma, cond, blocks)
                 gan_loss = discriminator_loss(logits_fake, fake_score.heads(features))
                 log["loss/discriminator"] += gan_loss.detach() / args.grad_accum
                 loss = loss + args.discriminator_weight * gan_loss
@@ -312,12 +280,10 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        # log
-        log["time/step"] = time.perf_counter() - started
         run.log(step, log, total=args.steps)
 
     run.finish(preview, stop)
 
 
 if __name__ == "__main__":
-    launch(main, Args, RECIPES)
+    launch(main, Args)

@@ -61,7 +61,7 @@ PRESETS = {
     "tiny": Preset(str(TINY / "teacher"), WAN, TINY_SIZE, TINY_CONFIG),
     "tiny-i2v": Preset(str(TINY / "teacher_i2v"), WAN + TOKENS + I2V, TINY_SIZE, TINY_CONFIG, "tiny"),
 }
-TINY_WORLD = ("tiny", "tiny-i2v")
+TINY_WORLD, TINY_FPS = ("tiny", "tiny-i2v"), 8
 
 
 def kind_of(folder, teacher):

@@ -5,6 +5,7 @@ student/  the student alone in the diffusers layout: transformer/, with phases o
           transformer_2/, …; a LoRA merged
 """
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -33,28 +34,26 @@ def latest_checkpoint(folder):
 
 
 def check_checkpoint(path):
-    """Raise one line unless every file that the checkpoint was written with is there, whole; returns its record."""
+    """The record of a checkpoint, which is written last."""
     if not (path / "checkpoint.json").is_file():
         raise UserError(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
-    record = read_json(path / "checkpoint.json")
-    numbers = (record.get("step"), record.get("world_size"))
-    if not isinstance(record.get("files"), dict) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise UserError(f"{path / 'checkpoint.json'} is damaged: resume from another checkpoint")
-    for name, size in record["files"].items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise UserError(f"{path} is incomplete: {name} is missing or has the wrong size; resume from another one")
-    return record
+    return read_json(path / "checkpoint.json")
 
 
 def run_name(script, teacher, seed=None):
     """How the folders of a script's runs on a teacher begin, those of one seed or of all."""
     name = Path(teacher).name or Path(teacher).resolve().name
-    return f"{script}__{name[:100]}__{'' if seed is None else f'{seed}__'}"
+    return f"{script}__{safe(name)[:100]}__{'' if seed is None else f'{seed}__'}"
+
+
+def safe(name):
+    """A name without what scp, docker, NTFS or Weights & Biases read otherwise."""
+    return re.sub(r"[^\w.-]", "-", name)
 
 
 def runs_of(runs_dir, *which):
     """Folders of the runs that `run_name` describes."""
-    return sorted(path for path in Path(runs_dir).glob("*") if path.name.startswith(run_name(*which)))
+    return sorted(path for path in Path(runs_dir).glob("*") if safe(path.name).startswith(run_name(*which)))
 
 
 def find_checkpoint(runs_dir, script, teacher, seed, resume):
@@ -66,24 +65,21 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
             raise UserError(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(resume).absolute()
-    path = path.parent if path.name == "checkpoints" else path
     if not path.is_dir():
         raise UserError(f"--resume: no such folder {resume}")
-    return (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    return latest_checkpoint(path) or path
 
 
-def find_init(runs_dir, teacher, init, flags=""):
-    """What --init means: that file or folder, or a script's newest finished run on this teacher (with these flags)."""
-    if init not in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd", "ode_init") or Path(init).is_dir():
-        if not Path(init).exists():
-            raise UserError(f"--init: no such file or folder {init}")
+def find_init(runs_dir, teacher, init):
+    """What --init means: that file or folder, or a script's newest finished run on this teacher."""
+    if Path(init).exists():
         import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
         return Path(init)
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
-        asked = f"train one ({init}.py --teacher {teacher}{flags}), or --init another; --init None: from the teacher"
-        raise UserError(f"--init: no finished run of {init}.py on {teacher} in {runs_dir} (--runs-dir): {asked}")
+        asked = f"train it (python {init}.py --teacher {teacher}), or --init another; --init None: from the teacher"
+        raise UserError(f"--init: no file, folder or finished run of {init} on {teacher} in {runs_dir}: {asked}")
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 
@@ -126,7 +122,7 @@ def load_init(path, networks, args):
     What only the checkpoint has is ignored. Of a run with phases one expert must be named, by its folder:
     student/transformer, student/transformer_2, …
     """
-    path = (latest_checkpoint(path) or path) if (path / "checkpoints").is_dir() else path
+    path = latest_checkpoint(path) or path
     is_checkpoint, student = (path / "checkpoint.json").is_file(), networks["student"]
     phased = is_checkpoint and "phase_ends" in read_json(path / "args.json")
     experts = path / "student" if is_checkpoint else path
@@ -134,7 +130,6 @@ def load_init(path, networks, args):
         raise UserError(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
     found = {"student"}
     if is_checkpoint:
-        check_checkpoint(path)
         found = load_networks(path, networks)
     elif isinstance(student, Adapted):
         raise UserError(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
@@ -143,16 +138,10 @@ def load_init(path, networks, args):
     elif all((path / part).is_dir() for part in student.parts):
         for part in student.parts:
             common.put_weights(student, path / part, part)
-    elif any(path.glob("*.safetensors")):
-        if len(student.parts) > 1:
-            raise UserError(
-                f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}"
-            )
+    elif len(student.parts) == 1:
         common.put_weights(student, path)
     else:
-        found = set()
-    if "student" not in found:
-        raise UserError(f"--init: no student in {path}: pass a run, a checkpoint, or a folder that holds transformer/")
+        raise UserError(f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}")
     if "ema" in networks and "ema" not in found:
         common.ema_update(networks["ema"], networks["student"], 0)
     if dist.get_rank() == 0:
@@ -161,25 +150,21 @@ def load_init(path, networks, args):
 
 
 def load_networks(checkpoint, networks):
-    """Fill those of the networks, a dict by name, that a checkpoint has; returns their names.
+    """Fill those of the networks, a dict by name, that a checkpoint has, the student among them; returns their names.
 
     A network is there as a whole or not at all, but for a discriminator's heads, which may be new.
     """
     reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
     known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
-    found = {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
-    state = {key: value for key, value in wanted.items() if key in known}
+    found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
     for key, value in wanted.items():
-        if key in known and known[key].size != value.shape:
-            raise UserError(
-                f"--init {checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}"
-            )
         if key not in known and key.split(".")[0] in found and ".heads." not in key:
-            full = f"train in full from {checkpoint / 'student' / 'transformer'}, where it is merged"
-            lora = f"one of the two has a LoRA: give both the same --lora-rank and --fake-lora-rank, or {full}"
+            lora = f"train in full from {checkpoint / 'student' / 'transformer'}, or give both the same LoRA ranks"
             why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
             raise UserError(f"{checkpoint} does not fit: it has no {key}; {why}")
-    dcp.load(state, storage_reader=reader)
+        if key in known and known[key].size != value.shape:
+            raise UserError(f"{checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
+    dcp.load({key: value for key, value in wanted.items() if key in known}, storage_reader=reader)
     return found
 
 

@@ -4,8 +4,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 import common
 from training.checkpoints import latest_checkpoint, load_networks
 from training.files import UserError, read_json
@@ -15,26 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def load_run(folder):
     """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
-    given = str(folder).removesuffix(":raw")
-    folder, asked = Path(given).absolute(), "give runs/NAME or runs/NAME/checkpoints/step_N"
-    if not given or not folder.is_dir():
-        raise UserError(f"no such run {given!r}: {asked}")
+    folder = Path(str(folder).removesuffix(":raw")).absolute()
     checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
-    if checkpoint is None or not (checkpoint / "args.json").is_file():
-        started = (folder / "args.json").is_file()
-        raise UserError(f"{folder} {'has no checkpoint yet' if started else 'is no run'}: {asked}")
+    if checkpoint is None:
+        raise UserError(f"{folder} is no run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
     record = read_json(checkpoint / "args.json")  # what it was trained with
-    name = record.pop("script", None)
-    rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}
-    rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
-    if name not in rooms:
-        raise UserError(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
-    script = import_module(rooms[name] + name)
-    try:
-        args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
-    except TypeError as error:
-        raise UserError(f"{checkpoint / 'args.json'} does not fit today's {name}.py: {error}") from None
-    return script, args, checkpoint
+    script = load_script(record.pop("script"))
+    return script, script.Args(**record), checkpoint
+
+
+def load_script(name):
+    """The module of a script of this repository, or of a variant of one."""
+    for room in ("", "tools/", "experiments/"):
+        if (ROOT / f"{room}{name}.py").is_file():
+            return import_module(f"{room}{name}".replace("/", "."))
+    return import_module("experiments.variant").load(name)
 
 
 def run_of(checkpoint):
@@ -42,40 +35,10 @@ def run_of(checkpoint):
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
 
 
-def noise_levels(script, args):
-    """Noise levels at which a script's sampler evaluates its students, a list of them per student.
-
-    Found by sampling with networks that return zero; there are more of them than the sampler has use for.
-    """
-    students = [Recorder() for _ in range(100)]
-    rng = common.SampleRNG(0, "noise levels", [0], torch.device("cpu"))
-    script.sample_student(students, rng, {}, (1, 1, 1, 1), args)
-    return [student.levels for student in students if student.levels]
-
-
-class Recorder:
-    """Stands in for a network: notes the noise levels that it is called at, and returns zero."""
-
-    def __init__(self):
-        self.levels = []
-
-    def __call__(self, x_t, sigma, cond):
-        self.levels.append(round(sigma[0].item(), 6))
-        return torch.zeros_like(x_t)
-
-    def chunks(self, x_t):
-        return [x_t]
-
-    def update_cache(self, x0, cond):
-        pass
-
-
 def student_folders(script, args, checkpoint):
     """Folders of the students that a checkpoint exports, in their order: transformer, transformer_2, …"""
-    folders = sorted(
-        (checkpoint / "student").glob("transformer*"), key=lambda path: int(path.name.partition("_")[2] or 1)
-    )
-    needed = len(noise_levels(script, args))
+    folders = sorted((checkpoint / "student").glob("transformer*"))
+    needed = len(script.noise_levels(args))
     if len(folders) < needed:
         raise UserError(f"{checkpoint}: {len(folders)} of {needed} phases are trained; finish the run")
     return folders
@@ -88,8 +51,8 @@ def students_of(model, device, script, args, checkpoint, raw):
     raw: the last is the student itself, not its average.
     """
     folders, students = student_folders(script, args, checkpoint), []
-    groups = [[folder] for folder in folders] if hasattr(args, "phase_ends") else [folders]  # a network each
-    block, last = getattr(args, "frame_block", 0), "student" if raw or not args.ema_decay else "ema"
+    groups = [[folder] for folder in folders] if "phase_ends" in vars(args) else [folders]  # a network each
+    block, last = vars(args).get("frame_block", 0), "student" if raw or not args.ema_decay else "ema"
     if last in args.adapters:
         names = [*(f"expert_{i}" for i in range(len(groups) - 1)), last]
         base = model.load_network("teacher", device, adapters={name: args.adapters[name] for name in names})
@@ -114,12 +77,10 @@ def student_sampler(model, device, script, args, checkpoint, raw, kept_frames=0)
     """
     students = students_of(model, device, script, args, checkpoint, raw)
     students[0].kept_frames = kept_frames
-    return partial(script.sample_student, students, shape=model.latent_shape, args=args)
+    return partial(script.sample_student, students, model.latent_shape, args)
 
 
-def teacher_sampler(model, device, args, cache, solve_ode):
-    """The same of a run's teacher, by a script's `solve_ode` with the run's guidance, shift and steps."""
+def teacher_sampler(model, device, args, cache, sample_teacher):
+    """The same of a run's teacher, by a script's `sample_teacher` with the run's guidance, shift and steps."""
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
-    teacher = model.load_network("teacher", device)
-    settings = (null_cond, args.guidance_scale, args.shift, args.teacher_steps)
-    return lambda rng, cond: solve_ode(teacher, rng.normal(model.latent_shape), cond, *settings)
+    return partial(sample_teacher, model.load_network("teacher", device), null_cond, model.latent_shape, args)

@@ -5,24 +5,21 @@ A video is a float tensor [3, f, h, w] in [0, 1], RGB; an image is a video with 
 
 import math
 import textwrap
-import unicodedata
 from fractions import Fraction
 
 import av
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from training.files import written_aside
 
-# contact sheet: pixels between clips and between frames, characters in a line of a label, pixels of a row's clips
-CLIP_GAP, FRAME_GAP, LABEL_CHARS, ROW_WIDTH = 8, 1, 24, 1100
+GAP, LABEL_CHARS, LABEL_WIDTH = 8, 24, 190  # contact sheet: pixels between clips, characters and pixels of a label
 
 
 def to_uint8(video):
-    """[3, f, h, w] in [0, 1] (clamped) -> uint8 array [f, h, w, 3]. ValueError on other shapes and on NaN."""
-    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
-        raise ValueError(f"expected a video [3, f, h, w], got {list(video.shape)}")
+    """[3, f, h, w] in [0, 1] (clamped) -> uint8 array [f, h, w, 3]."""
     if not video.isfinite().all():
         raise ValueError("the video has pixels that are not finite")
     codes = (video.detach().float().clamp(0, 1) * 255).round().byte()
@@ -40,23 +37,17 @@ def h264_options(h, w):
 
 
 def write_mp4(path, video, fps):
-    """Write video [3, f, h, w] in [0, 1] as H.264 (libx264, crf 12, yuv420p); the folder must exist.
-
-    Odd sizes raise ValueError: 4:2:0 chroma needs even ones, and padding would change what is scored.
-    """
+    """Write video [3, f, h, w] in [0, 1], h and w even, as H.264 (libx264, crf 12, yuv420p)."""
     frames = to_uint8(video)
     h, w = frames.shape[1:3]
-    if h % 2 or w % 2:
-        raise ValueError(f"yuv420p needs an even height and width, got {h} x {w}")
-    with written_aside(path) as aside:
-        with av.open(str(aside), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
-            stream.codec_context.thread_type = "FRAME"  # PyAV's default cuts each picture into a slice per thread
-            stream.options = h264_options(h, w)
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+    with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.codec_context.thread_type = "FRAME"  # PyAV's default cuts each picture into a slice per thread
+        stream.options = h264_options(h, w)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def write_video(path, video, fps):
@@ -76,19 +67,12 @@ def read_video(path):
     import cv2
 
     if path.suffix == ".png":
-        try:
-            with Image.open(path) as image:
-                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-                return rearrange(pixels.view(1, image.height, image.width, 3), "f h w c -> c f h w").float() / 255
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"cannot read {path} ({error})") from None
-
+        return rearrange(torch.from_numpy(cv2.imread(str(path))).flip(-1), "h w c -> c 1 h w").float() / 255
     capture, frames = cv2.VideoCapture(str(path)), []
-    while True:
-        found, frame = capture.read()
-        if not found:
-            break
+    found, frame = capture.read()
+    while found:
         frames.append(torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+        found, frame = capture.read()
     capture.release()
     if not frames:
         raise ValueError(f"no frames in {path}")
@@ -96,7 +80,7 @@ def read_video(path):
 
 
 def contact_sheet(path, rows, frames=4):
-    """Write the picture of `draw_sheet` as a PNG and return it. The folder must exist."""
+    """Write the picture of `draw_sheet` as a PNG and return it."""
     sheet = draw_sheet(rows, frames)
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
@@ -104,7 +88,7 @@ def contact_sheet(path, rows, frames=4):
 
 
 def moving_sheet(path, rows, fps):
-    """Write `draw_sheet` of clips of one length as an animated WebP, in which they move. The folder must exist."""
+    """Write `draw_sheet` of clips of one length as an animated WebP, in which they move."""
     length = rows[0][1][0].shape[1]
     at = lambda t: draw_sheet([(label, [clip[:, t : t + 1] for clip in clips]) for label, clips in rows])
     first, *others = [at(t) for t in range(length)]
@@ -113,47 +97,29 @@ def moving_sheet(path, rows, fps):
 
 
 def draw_sheet(rows, frames=4):
-    """A picture with a labelled row for each of rows, a list of (label, clips); ValueError if there is none to show.
+    """A picture with a labelled row for each of rows, a list of (label, clips), in as many columns as make it square.
 
     clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]; each shows `frames` of its frames, the first and last
-    among them, 64 to 128 pixels high. Rows that would make the sheet too high stand in columns, and so do wide clips.
+    among them, 64 to 128 pixels high.
     """
-    if not rows or not all(len(clips) for _, clips in rows) or frames < 1:
-        raise ValueError("a contact sheet needs at least one row, one clip in each row and one frame of each clip")
-    font = ImageFont.load_default(14)
-    # Pillow's own font has ASCII only: é is drawn as e, other scripts are left out
-    ascii_labels = [unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode() for label, _ in rows]
-    labels = [textwrap.fill(label, LABEL_CHARS, max_lines=6, placeholder=" ...") for label in ascii_labels]
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [ruler.multiline_textbbox((0, 0), label, font=font) for label in labels]
-    left, drawn = math.ceil(max(box[2] for box in boxes)) + CLIP_GAP, []
-    for label, box, (_, clips) in zip(labels, boxes, rows, strict=True):
-        strips = [_strip(clip, frames) for clip in clips]
-        clips = _columns(strips, ROW_WIDTH // max(strip.width + CLIP_GAP for strip in strips))
-        row = Image.new("RGB", (left + clips.width, max(math.ceil(box[3]), clips.height)), "white")
-        ImageDraw.Draw(row).multiline_text((0, 0), label, fill="black", font=font)
-        row.paste(clips, (left, 0))
-        drawn.append(row)
-    total, widest = sum(row.height for row in drawn), max(row.width for row in drawn)
-    return ImageOps.expand(_columns(drawn, round(math.sqrt(total / widest))), CLIP_GAP, "white")
-
-
-def _columns(pictures, most, gap=CLIP_GAP):
-    """One picture of all, in cells of one size, below each other in `most` columns or fewer, or in one."""
-    down = math.ceil(len(pictures) / max(most, 1))
-    w, h = (max(sizes) + gap for sizes in zip(*(picture.size for picture in pictures)))
-    whole = Image.new("RGB", (math.ceil(len(pictures) / down) * w - gap, down * h - gap), "white")
+    font, pictures = ImageFont.load_default(14), []
+    for label, clips in rows:
+        clips = torch.stack([torch.from_numpy(to_uint8(clip)) for clip in clips])
+        f, h = clips.shape[1:3]
+        shown = clips[:, torch.linspace(0, f - 1, min(frames, f)).round().long()]
+        strips = rearrange(F.pad(shown, (0, 0, 0, 1), value=255), "n t h w c -> n h (t w) c")
+        row = Image.fromarray(rearrange(F.pad(strips, (0, 0, 0, GAP), value=255), "n h w c -> h (n w) c").numpy())
+        scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)  # whole pixels where it enlarges
+        row = row.resize(
+            [round(side * scale) for side in row.size], Image.Resampling.NEAREST if h < 64 else Image.Resampling.BOX
+        )
+        label = textwrap.fill(label, LABEL_CHARS, max_lines=4, placeholder=" ...")
+        pictures.append(ImageOps.expand(row, (LABEL_WIDTH, 0, 0, GAP), "white"))
+        ImageDraw.Draw(pictures[-1]).multiline_text((GAP, 0), label, fill="black", font=font)
+    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
+    columns = max(1, round(math.sqrt(len(pictures) * height / width)))
+    down = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (width * columns, height * down), "white")
     for i, picture in enumerate(pictures):
-        whole.paste(picture, (i // down * w, i % down * h))
-    return whole
-
-
-def _strip(video, frames):
-    """One clip [3, f, h, w] as an image of min(frames, f) evenly spaced frames side by side."""
-    pixels = to_uint8(video)
-    f, h, w, _ = pixels.shape
-    scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)  # whole pixels where it enlarges
-    size = (max(1, round(w * scale)), max(1, round(h * scale)))
-    shown = torch.linspace(0, f - 1, min(frames, f)).round().int().tolist()
-    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-    return _columns([Image.fromarray(pixels[t]).resize(size, method) for t in shown], len(shown), FRAME_GAP)
+        sheet.paste(picture, (i // down * width, i % down * height))
+    return sheet

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from einops import rearrange
 
 import common
-from tiny import measures
+from models.latents import decode
 from training import media, metrics
 from training.files import UserError
 
@@ -16,8 +16,7 @@ from training.files import UserError
 class Preview:
     """Fixed prompts x fixed seeds, sampled again and again, written as mp4s and a contact sheet, and scored.
 
-    Every rank samples its share, with the same number of calls. For the tiny world also the true factors are read back
-    from the pixels.
+    Every rank samples its share, with the same number of calls.
     """
 
     def __init__(self, run, model, data, prompts, seeds, batch_size):
@@ -30,7 +29,7 @@ class Preview:
 
     def decode(self, latents):
         self.vae = (self.vae or self.model.load_vae(self.run.device)).to(self.run.device)
-        videos = common.decode(self.vae, latents).cpu()
+        videos = decode(self.vae, latents).cpu()
         self.vae.to("cpu")  # a step needs the GPU's memory
         return videos
 
@@ -55,35 +54,27 @@ class Preview:
         """The same figures for the data: clips of the same prompts, where there are any. For image-to-video also the
         images that the samples begin with, to be shown beside them.
         """
-        if self.model.conditions and dist.get_rank() == 0:
+        if dist.get_rank():
+            return
+        if self.model.conditions:
             first = self.model.family.first_latent(self.data.cond_of(range(len(self.labels))))
             self.shown["image"] = self.decode(first).unsqueeze(1)
-        if dist.get_rank() or not self.data.has_clips:
-            return
-        if isinstance(self.data, common.TinyWorld):
-            captions = [label for label in self.labels for _ in range(1 if self.model.conditions else self.seeds)]
-            clips = self.model.world.batch(self.data.seed, range(10**9, 10**9 + len(captions)), captions)[0]  # unseen
-        else:
-            clips = self.decode(self.data.latents_of(range(len(self.labels))))
-        self.score("data", rearrange(clips, "(p s) c f h w -> p s c f h w", p=len(self.labels)))
+        if self.data.has_clips:
+            self.score("data", self.data.preview_clips(len(self.labels), self.seeds, self.decode))
 
     def score(self, name, clips):
         """Write and log clips [p, s, 3, f, h, w]: of the data, of the teacher, or of the student at a step."""
         fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
         folder = self.run.folder / "previews" / (name if fixed else f"step_{step:07d}")
         if not clips.isfinite().all():
-            raise UserError(f"videos of the preview {folder.name} are not finite: something broke before it", code=1)
-        scores = metrics.preview_metrics(clips)
+            raise UserError(f"videos of the preview {folder.name} are not finite: something broke before it")
+        scores = metrics.preview_metrics(clips) | self.data.measure(self.labels, clips)
         if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
             scores.pop("diversity")
-        if self.model.world and set(self.labels) <= set(self.model.world.CAPTIONS):  # else nobody knows what is right
-            captions = [label for label in self.labels for _ in range(clips.shape[1])]
-            scores |= measures.summary(clips.flatten(0, 1), captions)
         self.scores[folder.name] = scores
         shown = {**self.shown, folder.name: clips[:, :4].clone()}  # of each prompt; two on the sheet
         if fixed:
             self.shown = shown
-        folder.mkdir(parents=True, exist_ok=True)
         for p, row in enumerate(shown[folder.name]):
             for s, video in enumerate(row):
                 media.write_video(folder / f"{p:02d}_{s}", video, self.model.fps)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from dataclasses import asdict, replace
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -19,9 +19,6 @@ from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import common
-from models.folders import check_name
-from models.presets import PRESETS, name_of
 from training.checkpoints import (
     check_checkpoint,
     find_checkpoint,
@@ -33,111 +30,100 @@ from training.checkpoints import (
     run_name,
     save_weights,
 )
-from training.files import UserError, make_folder, read_json, readable_by_all, written_aside
-from training.flags import check_flags
+from training.files import UserError, read_json, written_aside
 
 
 class Run:
     """The folder runs/<script>__<teacher>__<seed>__<time>/ with its logs, previews and checkpoints.
 
-    device   where this process computes; the process group is joined
     cache    folder of what other runs can use again
     step     the first step to do
 
-    Making a Run checks the flags and makes no run folder; `restore` does.
+    Making a Run looks for what the flags name. `load` fills the networks, then `open` makes the folder.
     """
 
-    def __init__(self, script, args):
-        check_flags(args)
-        check_name(args.teacher)
+    def __init__(self, script, args, device):
         for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
-            if (path := getattr(args, name, None)) and not Path(path).exists():
+            if (path := vars(args).get(name)) and not Path(path).exists():
                 raise UserError(f"--{name}: no such file or folder {path}")
-        self.script, self.signal, self.handlers = Path(script), 0, {}
-        self.writer, self.wandb, self.bar, self.lock = None, None, None, None
-        self.device, self.rank = common.init_distributed(), dist.get_rank()
-        self.cache = Path(args.runs_dir) / "cache"
+        self.script, self.device, self.rank = Path(script), device, dist.get_rank()
+        self.cache, self.max_hours = Path(args.runs_dir) / "cache", args.max_hours
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
+        self.writer, self.wandb, self.bar, self.lock = None, None, None, None
+        self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
         if args.resume:
             self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
             self.step, self.world = record["step"], record["world_size"]
             self.check_resumed(args)
         elif args.init:
-            own = " ".join(map(str, getattr(args, "student_sigmas", ())))
-            flags = own and f" --shift {args.shift:g} --student-sigmas {own}"
-            self.init = find_init(args.runs_dir, args.teacher, args.init, flags)
+            self.init = find_init(args.runs_dir, args.teacher, args.init)
             args = replace(args, init=str(self.init))
-            record = self.init / "args.json"
-            before = read_json(record) if record.is_file() else {}
-            levels = " ".join(map(str, before.get("student_sigmas", ())))
-            for name, was, now in (("student-sigmas", levels, own), ("teacher", before.get("teacher"), args.teacher)):
-                if was and now and was != now and self.rank == 0:
-                    print(f"warning: {self.init} was trained with --{name} {was}, and this run has {now}")
-        self.keep, self.track, self.max_hours = args.keep, args.track, args.max_hours
+            before = read_json(self.init / "args.json") if (self.init / "args.json").is_file() else {}
+            for name in {"teacher", "student_sigmas"} & before.keys() & vars(args).keys():
+                if list(before[name]) != list(vars(args)[name]) and self.rank == 0:
+                    print(f"warning: {self.init} was trained with other --{name.replace('_', '-')}: {before[name]}")
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
-        now = time.strftime("%Y%m%d-%H%M%S")
-        self.folder = Path(args.runs_dir) / (run_name(self.script.stem, args.teacher, args.seed) + now)
-        if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
-            self.folder = self.checkpoint.parents[1]
-        make_folder(args.runs_dir)
+        self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
-        if args.track and find_spec("wandb") is None:
-            raise UserError("--track needs Weights & Biases: pip install wandb")
 
     def check_resumed(self, args):
-        """Raise one line unless these args can go on where the checkpoint stopped."""
+        """These args can go on where the checkpoint stopped."""
         run = self.checkpoint.parents[1]
         before = read_json(run / "args.json")
-        if before.get("script") != self.script.stem:
+        if before["script"] != self.script.stem:
             raise UserError(f"--resume: {run} is no run of {self.script.name}; to start from its weights, --init it")
-        teachers = {name_of(args.teacher), name_of(str(before.get("teacher")))}
-        if len(teachers) > 1 and teachers <= PRESETS.keys():  # a folder may have been moved
-            raise UserError(f"--resume: {run} has the teacher {before['teacher']}, not {args.teacher}")
         if self.step > args.steps:
             raise UserError(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
         for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
-            if json.loads(json.dumps(getattr(args, name))) != before[name]:
-                raise UserError(f"--{name.replace('_', '-')} cannot change in a run with phases: it was {before[name]}")
+            if vars(args)[name] != type(vars(args)[name])(before[name]):
+                raise UserError(f"--{name.replace('_', '-')} cannot change in a run with phases, it was {before[name]}")
 
-    def restore(self, networks, optimizers):
-        """Fill networks and optimizers from the checkpoint to resume, else networks from --init; open the run folder.
-
-        A checkpoint that its run went on from begins a run folder of its own, so that results do not mix.
-        """
+    def load(self, networks, optimizers):
+        """Fill networks and optimizers from the checkpoint to resume, else networks from --init."""
         if self.checkpoint:
             load_state(self.checkpoint, networks, optimizers)
         elif self.init:
             load_init(self.init, networks, self.args)
-        resumed = bool(self.checkpoint) and self.folder == self.checkpoint.parents[1]
+
+    def open(self):
+        """Make the run's folder, or go on in that of the checkpoint if it is the last one there; catch signals."""
+        if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
+            self.folder = self.checkpoint.parents[1]
         found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
         if not found[0]:
             raise UserError(f"another process trains in {self.folder}: wait until it has ended")
         self.folder = found[0]
         if self.rank == 0:
-            for part in ("checkpoints", "previews"):
-                make_folder(self.folder / part)
-            for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
-                shutil.rmtree(leftover)
-            self.describe(resumed)
+            self.describe()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+            if self.args["track"]:
+                about = {"project": "video-distillation", "id": self.folder.name, "config": self.args}
+                self.wandb = import_module("wandb").init(**about, resume="allow", sync_tensorboard=True)
         # SIGHUP is a closed terminal's, SIGUSR1 a cluster's warning
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         # under nohup a hang-up is ignored, and stays so
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
     def open_folder(self):
-        """The run's folder, which no other process may train in while this one lives; None if one does."""
-        make_folder(self.folder)
-        self.lock = open(self.folder / ".lock", "w")
+        """The run's folder, made for a new run; None if another process trains in it."""
+        name = run_name(self.script.stem, self.args["teacher"], self.args["seed"])
+        folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
+        while not self.folder and folder.exists():  # of a run that began in the same second
+            folder = folder.with_name(folder.name + "+")
+        for part in ("checkpoints", "previews"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return None
-        return self.folder
+        for leftover in folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
+        return folder
 
-    def describe(self, resumed):
+    def describe(self):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
         before = read_json(self.checkpoint.parents[1] / "args.json") if self.checkpoint else self.args
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
@@ -147,18 +133,12 @@ class Run:
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
             print(f"{new} samples per update, there were {old}: the run goes on, but not exactly as it would have")
-        if self.checkpoint and not resumed:
-            print(f"{self.checkpoint} is not the last of its run: going on from it in a new one, {self.folder}")
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with
             with written_aside(self.folder / "args.json") as aside:
                 aside.write_text(json.dumps(self.args, indent=2) + "\n")
         (self.folder / "revision.txt").write_text(git_revision())
         shutil.copy(self.script, self.folder)
-        if self.track:
-            import wandb
-
-            about = {"project": "video-distillation", "id": self.folder.name, "config": self.args}
-            self.wandb = wandb.init(**about, resume="allow", sync_tensorboard=True)
+        print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
 
     def on_signal(self, number, frame):
         """Stop after this step. Ctrl-C again, later than torchrun repeats it to its processes, does not wait for it."""
@@ -169,10 +149,9 @@ class Run:
 
     def stop_signal(self):
         """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank."""
-        if dist.get_world_size() == 1:
-            return self.signal
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.started = time.perf_counter()
         return int(flag)
 
     def save(self, step, networks, optimizers, students):
@@ -183,10 +162,6 @@ class Run:
         final = self.folder / "checkpoints" / f"step_{step:07d}"
         aside = final.with_name(final.name + ".tmp")
         try:
-            if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            dist.barrier()
             writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
             dcp.save(flat_state(networks, optimizers), storage_writer=writer)
             phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
@@ -194,49 +169,40 @@ class Run:
                 student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
                 save_weights(student, part if part in student.parts else "transformer", aside / "student" / part)
             if self.rank == 0:
-                (aside / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
-                for path in aside.rglob("*.safetensors"):
-                    readable_by_all(path)
-                files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-                record = {"step": step, "world_size": dist.get_world_size(), "files": files}
-                (aside / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
-                old = final.with_name(final.name + ".old.tmp")
-                if final.exists():  # never without one of the two
-                    os.replace(final, old)
+                record = {"step": step, "world_size": dist.get_world_size()}
+                for name, values in (("args.json", self.args), ("checkpoint.json", record)):
+                    (aside / name).write_text(json.dumps(values, indent=2) + "\n")
                 os.replace(aside, final)
-                shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             self.close()
             shutil.rmtree(aside, ignore_errors=True)
             reason, last = (str(error).strip() or repr(error)).splitlines()[-1], latest_checkpoint(self.folder)
-            raise UserError(
-                f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}", code=1
-            ) from None
-        if self.rank == 0:
-            for old in sorted(final.parent.glob("step_*"))[: -self.keep] if self.keep else []:
+            raise UserError(f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}") from None
+        if self.rank == 0 and self.args["keep"]:
+            for old in sorted(final.parent.glob("step_*"))[: -self.args["keep"]]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
+        self.started = time.perf_counter()
 
     def log(self, step, values, total):
-        """Write one step's figures (after averaging over ranks) to TensorBoard and the progress bar.
-
-        Stops with exit code 1 if a loss or gradient norm is not finite: call it before `save`.
+        """Write one step's figures (after averaging over ranks) to TensorBoard and the progress bar; time/step is from
+        the end of previews and saving to here, where the device has been waited for. Ends the run if a loss or gradient
+        norm is not finite: call it before `save`.
         """
-        packed = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=self.device)
+        packed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()])
         dist.all_reduce(packed)
         values = dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
         for name, value in values.items():
-            if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(value):
+            if not math.isfinite(value):
                 self.close()
                 last = latest_checkpoint(self.folder)
-                raise UserError(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}", code=1)
+                raise UserError(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}")
         if self.rank:
             return
-        if self.bar is None:
-            self.bar = tqdm(initial=self.step, total=total, unit="step", dynamic_ncols=True)
+        self.bar = self.bar or tqdm(initial=self.step, total=total, unit="step", dynamic_ncols=True)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss/")}, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-        self.scalars(step, values)
+        self.scalars(step, values | {"time/step": time.perf_counter() - self.started})
 
     def scalars(self, step, values):
         """Write floats to TensorBoard on rank 0, as they are."""
@@ -248,27 +214,25 @@ class Run:
         self.close()
         dist.destroy_process_group()
         if self.rank == 0:
-            lines = [f"run folder: {self.folder}", f"checkpoint: {latest_checkpoint(self.folder)}"]
             if preview.scores:
-                lines = [preview.table(), "", *lines, f"contact sheets and table: {self.folder / 'previews'}"]
-            print("\n".join(lines))
+                print(f"{preview.table()}\n\ncontact sheets and table: {self.folder / 'previews'}")
+            print(f"run folder: {self.folder}\ncheckpoint: {latest_checkpoint(self.folder)}")
         if stop:
             raise SystemExit(128 + stop)
 
     def close(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        for log in (self.bar, self.writer):
+        for log in (self.bar, self.writer, self.lock):
             if log:
                 log.close()
         if self.wandb:
             self.wandb.finish()
-        if self.lock:
-            self.lock.close()
 
 
 def check_shared(folder):
-    """Raise one line, in all processes, unless all of them see the same folder."""
+    """All processes see the same folder: else each machine would write its part of every checkpoint for itself."""
+    folder.mkdir(parents=True, exist_ok=True)
     marks = [folder / f".seen_by_all_{os.getpid()}_{time.time_ns()}"]
     dist.broadcast_object_list(marks)
     if dist.get_rank() == 0:
@@ -279,9 +243,7 @@ def check_shared(folder):
     if dist.get_rank() == 0:
         marks[0].unlink()
     if not all(seen):
-        raise UserError(
-            f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share --runs-dir"
-        )
+        raise UserError(f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share it")
 
 
 def git_revision():
