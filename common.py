@@ -84,7 +84,9 @@ class Model:
         """A causal student of that many frames, and a discriminator of these blocks, can be made of this teacher."""
         self.network_class(frame_block)
         if not set(blocks) <= set(range(self.config["num_layers"])):
-            raise UserError(f"--discriminator-blocks: this teacher has {self.config['num_layers']} blocks, got {blocks}")
+            raise UserError(
+                f"--discriminator-blocks: this teacher has {self.config['num_layers']} blocks, got {blocks}"
+            )
 
     def load_network(self, role, device, frame_block=0, dtype=None, base=None, adapters=None):
         """A network with the teacher's weights, sharded over all ranks.
