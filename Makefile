@@ -1,5 +1,5 @@
 # make demo   dmd2.py, then dfd.py on the tiny teacher; a table and their clips beside data and teacher
-# make test   format and lint checks, then the tests
+# make test   format and lint checks, then the tests that take minutes; make test-all runs all of them
 # make site   the docs as a static site in site/, to be opened without a network
 # make vbench-env   .venv-vbench with VBench 0.1.5 and its own pins, for eval_vbench.py; says which dimensions cannot run
 # The first two make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.
@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test format site vbench-env
+.PHONY: demo test test-all format site vbench-env
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,7 +26,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 site: .venv/installed
 	$(BIN)/python docs/site.py

@@ -20,8 +20,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from training.flags import with_recipe  # noqa: F401  (before torch)
-
 # imported by the process that all ranks are forked from
 SCRIPTS = {name: import_module(name) for name in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")}
 for family in ("wan", "wan_causal", "wan_experts", "wan_5b", "wan_i2v", "cosmos", "qwen_image"):
