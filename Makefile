@@ -28,8 +28,8 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+test-all: test
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 site: .venv/installed
 	$(BIN)/python docs/site.py
