@@ -50,7 +50,7 @@ RECIPES = {
     },
     "cosmos2.5-2b": {
         # FastGen's CosmosPredict2/config_dmd2.py at 720p; its 480p version before had guidance 3. Otherwise there: the
-        # fake score's loss in x0 space, a discriminator of weight 1 on the frozen teacher's features, samples by an ODE,
+        # fake score's loss in x0 space, a discriminator of weight 1 on the frozen teacher's features, an ODE sampler,
         # and noise levels drawn within .001 to .999 before the shift
         "dmd2": {
             "lr": 1e-5,
