@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from evaluation.folder import files_of
+from evaluation.ledger import Ledger
 from PIL import Image
 
 import common
@@ -25,8 +27,6 @@ import eval_vbench
 import phased_dmd
 from eval_vbench import Args
 from evaluation import proxies, report, vbench
-from evaluation.folder import files_of
-from evaluation.ledger import Ledger
 from tests.conftest import ROOT, only_run, small_args, stopped
 from tiny import world as tiny
 from training import media
