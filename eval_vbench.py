@@ -86,8 +86,6 @@ class Args:
 
     vbench_env: Path = Path(__file__).parent / ".venv-vbench"
     """Environment in which the vbench package is installed."""
-    features: Path | None = None
-    """Also the diversity of image features, of a DINOv2 or CLIP in this folder (transformers layout, safetensors)."""
     compare: Path | None = None
     """Another --out folder with the same prompts, the teacher's as a rule, for a second column in the report."""
 
@@ -186,7 +184,8 @@ def generate(args, device):
         seeds = [args.seed + 100_000 * item["entry"] + j for j in chunk]
         latents = sample(SeededRNG(seeds, device), cond_of([item["entry"]] * len(chunk)))
         for path, x0 in zip(files(item, chunk), latents.split(1)):
-            write_video(path, common.decode(vae, x0)[0].cpu(), model.fps)
+            if not path.is_file():
+                write_video(path, common.decode(vae, x0)[0].cpu(), model.fps)
     dist.barrier()
 
 
@@ -210,25 +209,23 @@ def found(out, clips):
     return [name for names in clips.values() for name in names if name in there]
 
 
-def score_ours(args, config, device):
+def score_ours(args, config):
     """Our metrics of each prompt whose clips are all there, in scores/proxies.json: {prompt: {name: value}}."""
     path, rank, world = args.out / "scores" / "proxies.json", dist.get_rank(), dist.get_world_size()
     clips = clips_of(config)
     there = set(found(args.out, clips))
     whole = {prompt: names for prompt, names in clips.items() if there.issuperset(names)}
-    what = {"of": list(whole), "features": str(args.features)}
-    before = read_json(path) if path.is_file() else {}
-    if {name: before.get(name) for name in what} == what:
+    if path.is_file() and list(read_json(path)) == list(whole):
         return
-    features = proxies.feature_model(args.features, device) if args.features else None
     mine, gathered = {}, [None] * world
     for prompt in tqdm(list(whole)[rank::world], desc="metrics", disable=rank > 0):
         videos = torch.stack([read_video(args.out / "videos" / name) for name in whole[prompt]])
-        mine[prompt] = proxies.measure(videos, config["fps"], features)
+        mine[prompt] = proxies.measure(videos, config["fps"])
     dist.all_gather_object(gathered, mine)
     if rank == 0:
         make_folder(path.parent)
-        write_json(path, what | {"prompts": {prompt: row for part in gathered for prompt, row in part.items()}})
+        rows = {prompt: row for part in gathered for prompt, row in part.items()}
+        write_json(path, {prompt: rows[prompt] for prompt in whole})
 
 
 def score_vbench(args, config):
@@ -252,7 +249,7 @@ def collect(out):
         score = vbench.read_score(out / "scores" / name, name, found(out, clips))
         dimensions[name] = score | {"of": sum(map(len, clips.values()))}
     path = out / "scores" / "proxies.json"
-    for row in read_json(path)["prompts"].values() if path.is_file() else ():
+    for row in read_json(path).values() if path.is_file() else ():
         for name, value in row.items():
             of_prompts[name].append(value)
     ours = {
@@ -306,7 +303,7 @@ def main(args):
     if args.command in ("generate", "all"):
         generate(args, device)
     if args.command in ("score", "all"):
-        score_ours(args, read_json(args.out / "config.json"), device)
+        score_ours(args, read_json(args.out / "config.json"))
     dist.destroy_process_group()  # the others are done, and VBench may take longer than a collective waits
     if rank == 0 and args.command in ("score", "all"):
         score_vbench(args, read_json(args.out / "config.json"))

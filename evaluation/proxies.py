@@ -1,23 +1,19 @@
 """Metrics of the samples of one prompt that are not VBench's."""
 
 import torch
-from einops import rearrange, reduce
 
 from training.media import to_uint8
 from training.metrics import preview_metrics, vendi_score
 
 
-def measure(clips, fps, features=None):
+def measure(clips, fps):
     """Metrics of the samples of one prompt [s, 3, f, h, w] in [0, 1], a dict of floats: those of previews and more.
-    Images have none of motion, a single sample none of diversity. features: see `feature_model`.
+    Images have none of motion, a single sample none of diversity.
     """
-    values = preview_metrics(clips[None])
-    if clips.shape[2] > 1:
-        values["optical_flow"] = optical_flow(clips, fps)
+    values = preview_metrics(clips[None]) | {"vendi": vendi_score(clips)}
     if len(clips) == 1:
-        return {name: value for name, value in values.items() if name != "diversity"}
-    values["vendi"] = vendi_score(clips)
-    return values | ({"feature_diversity": feature_diversity(features(clips))} if features else {})
+        del values["diversity"], values["vendi"]
+    return values | ({"optical_flow": optical_flow(clips, fps)} if clips.shape[2] > 1 else {})
 
 
 def optical_flow(clips, fps):
@@ -41,35 +37,3 @@ def optical_flow(clips, fps):
             speed = torch.from_numpy(flow).norm(dim=-1).flatten()
             total += speed.topk(max(1, int(0.05 * len(speed)))).values.mean().item()
     return total * max(scale, 1) / (len(clips) * (f - 1))
-
-
-def feature_model(folder, device):
-    """A function: clips [s, 3, f, h, w] in [0, 1] -> features [s, d], of a DINOv2 or CLIP in a local folder.
-
-    The mean over at most 16 evenly spaced frames of the normalised class token (DINOv2) or image embedding (CLIP).
-    """
-    from transformers import AutoImageProcessor, AutoModel
-
-    network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-
-    @torch.no_grad()
-    def features(clips):
-        shown = torch.linspace(0, clips.shape[2] - 1, min(16, clips.shape[2])).round().long()
-        frames = rearrange(clips[:, :, shown], "s c f h w -> (s f) c h w")
-        pixels = processor(images=list(frames), do_rescale=False, return_tensors="pt")["pixel_values"].to(device)
-        if network.config.model_type == "clip":
-            out = network.visual_projection(network.vision_model(pixels).pooler_output)
-        else:
-            out = network(pixels).last_hidden_state[:, 0]
-        out = torch.nn.functional.normalize(out.float(), dim=-1)
-        return reduce(out, "(s f) d -> s d", "mean", s=len(clips)).cpu()
-
-    return features
-
-
-def feature_diversity(features):
-    """1 - mean cosine over pairs of the samples' features [s, d], s > 1; in [0, 2]. What DFD's paper reports."""
-    features = torch.nn.functional.normalize(features.double(), dim=-1)
-    cosine, s = features @ features.mT, len(features)
-    return 1 - ((cosine.sum() - cosine.trace()) / (s * (s - 1))).item()
