@@ -20,12 +20,12 @@ import eval_vbench
 from eval_vbench import Args
 from evaluation import proxies, vbench
 from models.images import read_images
-from tests.conftest import only_run, small_args
+from tests.conftest import ROOT, only_run, small_args
 from tests.ranks import on_ranks
 from tiny import world as tiny
 from training import media
 
-CPU = torch.device("cpu")
+CPU, TEACHER = torch.device("cpu"), ROOT / "tiny" / "teacher"
 LONG = "x" * 260
 PROMPTS = ["a red circle", "a blue square", "a façade/with a slash", LONG + "a", LONG + "b", "a red circle", "a", "b"]
 
@@ -258,7 +258,8 @@ def changed(Model, *args):
         ("prompts", {"gen_prompts": "other.txt"}),
         ("negative_prompt", {}),
         ("raw", {"checkpoint": "{run}:raw"}),
-        ("weights", {"checkpoint": "other"}),
+        ("weights", {"checkpoint": "other/run"}),
+        ("weights", {"teacher": "other/teacher"}),
         ("prompts", {"out": "foreign"}),
     ],
 )
@@ -268,8 +269,9 @@ def test_clips_of_other_settings_are_refused(what, flags, whole, run, tmp_path, 
     (tmp_path / "foreign" / "videos").mkdir(parents=True)
     (tmp_path / "foreign" / "videos" / "a-0.mp4").touch()
     if what == "weights":
-        (student,) = shutil.copytree(run, tmp_path / "other").glob("checkpoints/*/student/transformer/*.safetensors")
-        save_file({name: tensor + 1e-3 for name, tensor in load_file(student).items()}, student)
+        copies = shutil.copytree(run, tmp_path / "other/run"), shutil.copytree(TEACHER, tmp_path / "other/teacher")
+        for path in [path for copy in copies for path in copy.rglob("*transformer/*.safetensors")]:
+            save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
     if what == "negative_prompt":
         monkeypatch.setattr(common, "Model", partial(changed, common.Model))
     flags = {key: value.format(run=run) if isinstance(value, str) else value for key, value in flags.items()}
