@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
 from PIL import ExifTags, Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import codmd
 import common
@@ -27,7 +27,6 @@ import dmd2
 import eval_vbench
 import models.folders
 import phased_dmd
-from evaluation.sampling import Source, configuration
 from models.classes import FAMILIES
 from models.images import find_images, read_images, to_pil
 from models.latents import encode
@@ -297,29 +296,28 @@ def test_evaluation_of_images(name, folders, prompts, tmp_path, fails):
     run, list_of = str(only_run(tmp_path / "runs", dmd2)), {"prompts": prompts["prompts"], "samples": 2}
     flags = {"command": "all", "checkpoint": run, "cache": str(tmp_path / "cache"), **list_of}
     if name == "wan_i2v":
-        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **flags)), "begins with an image", "--images")
-        shutil.rmtree(out)
+        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **flags)), "begins with", "--images")
         flags["images"] = prompts["images"]
     else:
         wrong = {**flags, "images": prompts["images"]}
-        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **wrong)), "image-to-video teacher")
+        fails(lambda: eval_vbench.main(eval_vbench.Args(out=out, **wrong)), "takes no images")
     eval_vbench.main(eval_vbench.Args(out=out, **flags))
     files = sorted(path.name for path in (out / "videos").iterdir())
     assert len(files) == 6 and {Path(file).suffix for file in files} == {".png" if name == "qwen_image" else ".mp4"}
     figures = json.dumps(read_json(out / "results.json"))
     assert "saturation" in figures and "diversity" in figures
     assert ("optical_flow" in figures) == (name != "qwen_image")
-    row = next(row for row in map(json.loads, open(out / "manifest.jsonl")) if row["sample"] == 1)
+    prompt = read_prompts(prompts["prompts"])[2]
     common.init_distributed()
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     images = find_images(prompts["images"], 3, *model.size[1:]) if name == "wan_i2v" else ()
     cond = common.encode_text(model, read_prompts(prompts["prompts"]), tmp_path / "own", CPU, images).cond_of
     student = students_of(model, CPU, *load_run(run), raw=False)[0]
-    noise = torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(row["seed"]))[None]
+    noise = torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(200_001))[None]
     with torch.no_grad():
-        x0 = dmd2.predict_x0(student, noise, torch.ones(1), cond([row["entry"]]))
+        x0 = dmd2.predict_x0(student, noise, torch.ones(1), cond([2]))
     video = common.decode(model.load_vae(CPU), x0)[0].clamp(0, 1)
-    off = (video - read_video(out / "videos" / row["file"])).abs()
+    off = (video - read_video(next((out / "videos").glob(f"{prompt}-1.*")))).abs()
     assert off.max() < 0.51 / 255 if name == "qwen_image" else off.mean() < 0.03  # H.264 is between them
 
 
@@ -398,20 +396,6 @@ def test_a_first_and_last_frame_teacher_is_one_line(folders, prompts, tmp_path, 
     (folder / "transformer" / "config.json").write_text(json.dumps(config | {"pos_embed_seq_len": 514}))
     args = args_of(dmd, "wan_i2v", folders, prompts, tmp_path / "runs", teacher=str(folder))
     fails(lambda: dmd.main(args), "a first and a last frame")
-
-
-def test_an_evaluation_knows_both_experts_of_its_teacher(folders, tmp_path):
-    ours = Path(small_teachers.write("wan_experts", folders))
-    other = shutil.copytree(ours, tmp_path / "other")
-    (path,) = (other / "transformer_2").glob("*.safetensors")
-    weights = load_file(path)
-    weights["proj_out.bias"] += 1
-    save_file(weights, path, metadata={"format": "pt"})
-    common.init_distributed()
-    args = with_recipe(dmd2.Args, dmd2.RECIPES, teacher="wan2.2-a14b")
-    models = [common.Model(str(folder), 9, 32, 32) for folder in (ours, other)]
-    first, second = (configuration(Source("teacher", dmd2, args, None, False), model) for model in models)
-    assert first.pop("checkpoint") != second.pop("checkpoint") and first == second
 
 
 # -------------------------------------------------------------------------------------------------------- images
