@@ -1,12 +1,13 @@
 """The diffs are the product: what may differ between two scripts, to the line, and that all else is the same text."""
 
 import ast
+import subprocess
 
 import pytest
 
-from docs import diffs
+from tests.conftest import ROOT
 
-# pair: (definitions that may differ or be new or gone, lines added, lines removed); docs/diffs.py prints the sizes
+# pair: (definitions that may differ or be new or gone, lines added, lines removed)
 DECLARED = {
     ("dmd", "dmd2"): (
         {"docstring", "imports", "Args", "RECIPES", "check", "needs_clips", "rollout", "sample_student",
@@ -21,67 +22,52 @@ DECLARED = {
     ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 26, 24),
 }  # fmt: skip
+SCRIPTS = {name for pair in DECLARED for name in pair}
+
+
+def lines_of(name):
+    return (ROOT / f"{name}.py").read_text().splitlines()
 
 
 def definitions(name):
     """Top-level parts of a script in order, {name: text with its comments}: docstring, imports, functions, classes."""
-    text = (diffs.ROOT / f"{name}.py").read_text()
-    lines, parts, start = text.splitlines(), {}, 0
-    for node in ast.parse(text).body:
+    lines, parts, start = lines_of(name), {}, 0
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             part = "imports"
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            part = node.name
-        elif isinstance(node, ast.Assign):
-            part = node.targets[0].id
+        elif isinstance(node, ast.Expr):
+            part = "docstring"
         else:
-            part = "docstring" if isinstance(node, ast.Expr) else "footer"
-        body = "\n".join(lines[start : node.end_lineno]).strip()
-        parts[part] = parts[part] + "\n" + body if part == "imports" and part in parts else body
+            part = getattr(node, "name", None) or (node.targets[0].id if isinstance(node, ast.Assign) else "footer")
+        parts[part] = parts.get(part, "") + "\n".join(lines[start : node.end_lineno]).strip() + "\n"
         start = node.end_lineno
-    parts["footer"] += "\n".join(lines[start:])
     return parts
 
 
-@pytest.mark.parametrize(("a", "b"), diffs.PAIRS)
+@pytest.mark.parametrize(("a", "b"), DECLARED)
 def test_only_declared_definitions_differ(a, b):
-    may_differ, _, _ = DECLARED[a, b]
-    before, after = definitions(a), definitions(b)
+    may_differ, before, after = DECLARED[a, b][0], definitions(a), definitions(b)
     shared = [name for name in before if name in after]
     assert shared == [name for name in after if name in before], f"{b}.py orders its definitions unlike {a}.py"
-    for name in before | after:
-        if before.get(name) != after.get(name):
-            assert name in may_differ, f"{name} differs between {a}.py and {b}.py: make the same change in both"
-    idle = [name for name in may_differ if before.get(name) == after.get(name)]
-    assert not idle, f"{idle} are declared to differ between {a}.py and {b}.py, and do not"
+    differ = {name for name in before | after if before.get(name) != after.get(name)}
+    assert differ == may_differ, "make the same change in both, or declare it"
 
 
-@pytest.mark.parametrize(("a", "b"), diffs.PAIRS)
-def test_the_size_of_each_diff(a, b):
-    _, added, removed = DECLARED[a, b]
-    assert diffs.counts(diffs.unified(a, b)) == (added, removed), f"the diff of {a}.py and {b}.py has another size"
-
-
-@pytest.mark.parametrize(("a", "b"), diffs.PAIRS)
-def test_readmes_table(a, b):
-    added, removed = diffs.counts(diffs.unified(a, b))
-    row = next(line for line in (diffs.ROOT / "README.md").read_text().splitlines() if f"[{a}.py to {b}.py]" in line)
+@pytest.mark.parametrize(("a", "b"), DECLARED)
+def test_the_size_of_each_diff_and_readmes_table(a, b):
+    diff = subprocess.run(["diff", f"{a}.py", f"{b}.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    added, removed = (sum(line[0] == sign for line in diff.splitlines()) for sign in "><")
+    assert (added, removed) == DECLARED[a, b][1:], f"the diff of {a}.py and {b}.py has another size"
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"[{a}.py to {b}.py]" in line)
     assert f"| +{added} -{removed} |" in row, "README's table of diffs is stale"
 
 
-@pytest.mark.parametrize(("a", "b"), diffs.PAIRS)
-def test_rendered_diffs_are_fresh(a, b):
-    page = diffs.ROOT / "docs" / "diffs" / f"{a}-{b}.md"
-    assert page.read_text() == diffs.render(a, b), f"{page} is stale: run python docs/diffs.py"
-
-
 def test_scripts_do_not_import_each_other():
-    names = {name for pair in diffs.PAIRS for name in pair}
-    for name in names:
-        for node in ast.walk(ast.parse((diffs.ROOT / f"{name}.py").read_text())):
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse("\n".join(lines_of(name)))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not names.intersection(modules), f"{name}.py imports another script"
+            assert not SCRIPTS.intersection(modules), f"{name}.py imports another script"
 
 
 def test_dfd_is_one_line_in_main():
