@@ -228,11 +228,6 @@ def test_orientation(tmp_path, matrix):
     assert layout(read_clip(path, 9, 32, 32, 8)) == ORIENTATIONS[matrix]
 
 
-def test_other_angles_are_told(tmp_path):
-    path = write_video(tmp_path / "a.mp4", corners(), matrix=(46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30))
-    assert "turned by 45 degrees" in reason(path)
-
-
 def test_pixels_that_are_not_square(tmp_path):
     """A disc on 32 x 64 pixels, each twice as wide as high, is round on 64 x 64."""
     y, x = np.mgrid[-31.5:32, -15.5:16]

@@ -22,7 +22,6 @@ DECLARED = {
     ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 26, 24),
 }  # fmt: skip
-SCRIPTS = {name for pair in DECLARED for name in pair}
 
 
 def lines_of(name):
@@ -60,14 +59,6 @@ def test_the_size_of_each_diff_and_readmes_table(a, b):
     assert (added, removed) == DECLARED[a, b][1:], f"the diff of {a}.py and {b}.py has another size"
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"[{a}.py to {b}.py]" in line)
     assert f"| +{added} -{removed} |" in row, "README's table of diffs is stale"
-
-
-def test_scripts_do_not_import_each_other():
-    for name in SCRIPTS:
-        for node in ast.walk(ast.parse("\n".join(lines_of(name)))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not SCRIPTS.intersection(modules), f"{name}.py imports another script"
 
 
 def test_dfd_is_one_line_in_main():

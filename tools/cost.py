@@ -289,9 +289,7 @@ def tell(script, args, gpus):
     for name, size in [*run.memory.items(), ("total", run.total)]:
         print(f"  {name:<20}{size / GIB:10.3f} GiB")
     print(f"cards               {', '.join(fits)}, with {1 - FULL:.0%} left for what is not counted")
-    print(
-        f"disk                {run.disk / GIB:.3g} GiB a checkpoint; while one is written, {args.keep} others are kept"
-    )
+    print(f"disk                {run.disk / GIB:.3g} GiB a checkpoint; --keep {args.keep} and one being written")
     print(f"FLOPs               {run.step:.3g} a step, {run.flops:.3g} a forward of one sample")
     print(f"time per step       {run.seconds:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")
     for name, hours in run.hours.items():
