@@ -27,9 +27,12 @@ def load_run(folder):
     name = record.pop("script", None)
     rooms = {path.stem: f"{room}." for room in ("tools", "experiments") for path in ROOT.glob(f"{room}/*.py")}
     rooms |= {path.stem: "" for path in ROOT.glob("*.py")}
-    if name not in rooms:
+    if (ROOT / "experiments" / "variants" / f"{name}.patch").is_file():
+        script = import_module("experiments.variant").load(name)
+    elif name in rooms:
+        script = import_module(rooms[name] + name)
+    else:
         raise UserError(f'{checkpoint / "args.json"} is of no script that is here: its "script" is {name!r}')
-    script = import_module(rooms[name] + name)
     try:
         args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
     except TypeError as error:
