@@ -22,7 +22,7 @@ class Grid:
 class Whole(nn.Module):
     """A network that denoises all frames at once."""
 
-    chunks, remember = Wan.chunks, Wan.update_cache
+    chunks, update_cache = Wan.chunks, Wan.update_cache
 
 
 class Gaussian(Whole):
