@@ -29,9 +29,10 @@ import common
 import dmd2
 from evaluation import proxies, vbench
 from models.images import find_images
+from models.latents import decode
 from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
-from training.files import UserError, hashed, make_folder, read_json, read_prompts, stamps, written_aside
+from training.files import UserError, hashed, read_json, read_prompts, stamps, written_aside
 from training.finished import load_run, student_sampler, teacher_sampler
 from training.flags import one_line_errors
 from training.media import h264_options, read_video, write_video
@@ -118,7 +119,7 @@ def open_folder(out, config):
     before = read_json(path) if path.is_file() else {} if any(videos.glob("*")) else config
     if differ := sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key)):
         raise UserError(f"{out} holds clips of other settings ({', '.join(differ)}): use another --out")
-    make_folder(videos, hint="; see --out")
+    videos.mkdir(parents=True, exist_ok=True)
     for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
     write_json(path, config)
@@ -176,7 +177,7 @@ def generate(args, device):
     if args.role == "student":
         sample = student_sampler(model, device, script, run_args, checkpoint, raw, args.kept_frames)
     else:
-        sample = teacher_sampler(model, device, run_args, args.cache, dmd2.solve_ode)
+        sample = teacher_sampler(model, device, run_args, args.cache, dmd2.sample_teacher)
     vae = model.load_vae(device)
     for turn in tqdm(range(math.ceil(len(missing) / world)), desc="generate", disable=rank > 0):
         # sharded networks run in step on all ranks: who has nothing left makes a chunk again
@@ -185,7 +186,7 @@ def generate(args, device):
         latents = sample(SeededRNG(seeds, device), cond_of([item["entry"]] * len(chunk)))
         for path, x0 in zip(files(item, chunk), latents.split(1)):
             if not path.is_file():
-                write_video(path, common.decode(vae, x0)[0].cpu(), model.fps)
+                write_video(path, decode(vae, x0)[0].cpu(), model.fps)
     dist.barrier()
 
 
@@ -223,7 +224,7 @@ def score_ours(args, config):
         mine[prompt] = proxies.measure(videos, config["fps"])
     dist.all_gather_object(gathered, mine)
     if rank == 0:
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = {prompt: row for part in gathered for prompt, row in part.items()}
         write_json(path, {prompt: rows[prompt] for prompt in whole})
 

@@ -7,7 +7,7 @@ samples of each of the world's EXAMPLES for each training seed, from noise that 
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from einops import reduce
 import codmd
 import common
 import dmd2
+from models.latents import decode, encode
 from models.presets import TINY_WORLD, name_of
 from tiny import measures
 from tiny import world as tiny
-from training.files import UserError, make_folder
+from tiny.samples import TinyWorld
+from training.files import UserError
 from training.finished import load_run, students_of
 from training.flags import one_line_errors
 from training.media import moving_sheet
@@ -138,11 +140,11 @@ def main(args):
     if len(teachers) != 1 or name_of(*teachers) not in TINY_WORLD:
         raise UserError(f"one table has runs of one tiny teacher, got {', '.join(teachers) or 'none'}")
     first = runs[0][2][1]
-    make_folder(args.out, hint="; see --out")
+    args.out.mkdir(parents=True, exist_ok=True)
     device = common.init_distributed()
     model = common.Model(first.teacher, first.frames, first.height, first.width)
     shape, cache = model.latent_shape, args.out / "cache"
-    captions = common.TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
+    captions = TinyWorld(model, cache, device, seed=1)  # of an image-to-video teacher an image per caption
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     vae, teacher = model.load_vae(device), model.load_network("teacher", device)
     reference = measures.read_factors(tiny.batch(1, range(10**9, 10**9 + 2048))[0])
@@ -158,14 +160,14 @@ def main(args):
 
     def euler(steps, guidance):
         """The teacher's sampler."""
-        settings = (null_cond, guidance, first.shift, steps)
-        return lambda rng, cond: dmd2.solve_ode(teacher, rng.normal(shape), cond, *settings)
+        own = replace(first, guidance_scale=guidance, teacher_steps=steps)
+        return partial(dmd2.sample_teacher, teacher, null_cond, shape, own)
 
     # relations are compared with the teacher's, of other noise than that of the rows
     taught = relations(sample(euler(args.teacher_steps[0], first.guidance_scale), 10**6))
 
     def add(name, run, seed, latents, clips=None):
-        whole = by_caption(common.decode(vae, latents) if clips is None else clips)
+        whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
         figures = measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own))) | drift(whole)
         rows.append({"name": name, "run": run, "seed": seed, **figures})
@@ -178,7 +180,7 @@ def main(args):
         if model.conditions:  # what else may follow these images
             images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
-        add("data", "", seed, torch.cat([common.encode(vae, part) for part in clips.split(48)]), clips)
+        add("data", "", seed, torch.cat([encode(vae, part) for part in clips.split(48)]), clips)
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     for steps, guidance in dict.fromkeys([*plans, (args.teacher_steps[0], 1.0)]):
         name = f"teacher, {steps} steps, guidance {guidance:g}"
@@ -186,11 +188,15 @@ def main(args):
             add(name, "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
-        sampler = partial(script.sample_student, students, args=run_args)
-        add(name, folder, run_args.seed, sample(partial(sampler, shape=shape), run_args.seed))
+        add(
+            name,
+            folder,
+            run_args.seed,
+            sample(partial(script.sample_student, students, shape, run_args), run_args.seed),
+        )
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
-            latents = sample(partial(sampler, shape=longer), run_args.seed)
+            latents = sample(partial(script.sample_student, students, longer, run_args), run_args.seed)
             add(f"{name}, twice the length", folder, run_args.seed, latents)
 
     lines = table_of(rows, args.transpose)

@@ -113,7 +113,7 @@ def train(runs_dir, name, seed):
     with open(log, "w") as file:
         words, env = [sys.executable, *command(runs_dir, name, seed)], os.environ | {"OMP_NUM_THREADS": "1"}
         if subprocess.call(words, cwd=ROOT, env=env, stdout=file, stderr=file):
-            raise UserError(f"{name}, seed {seed} failed: see {log}", code=1)
+            raise UserError(f"{name}, seed {seed} failed: see {log}")
     print(f"{name}, seed {seed}: done", flush=True)
 
 

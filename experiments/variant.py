@@ -4,8 +4,7 @@
     torchrun --nproc_per_node=8 experiments/variant.py vanilla --teacher wan2.1-1.3b
     python experiments/variant.py vanilla --help              # the flags of the script that it changes
 
-Read NAME.patch as you read the diff of two scripts. The run folder is like a script's: NAME__<teacher>__<seed>__<time>,
-with the patched script in it, and tools and tables find it by its name.
+Read NAME.patch as you read the diff of two scripts. The run folder, dmd2-NAME__<teacher>__…, is like a script's, with the patched script in it, and tools and tables find the patch by its name.
 """
 
 import argparse
@@ -27,14 +26,14 @@ PATCHES = {path.stem: path for path in sorted((ROOT / "experiments" / "variants"
 
 @cache
 def load(name):
-    """A variant as a module of that name. Its file is in a temporary folder until this process ends."""
+    """A variant as a module, SCRIPT-NAME. Its file is in a temporary folder until this process ends."""
     base = re.search(r"^--- a/(\S+)", PATCHES[name].read_text(), re.MULTILINE)[1]
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / f"{name}.py"
+    path = folder / f"{base.removesuffix('.py')}-{name}.py"
     subprocess.run(["patch", "--quiet", "--fuzz=0", "--output", path, ROOT / base, PATCHES[name]], check=True)
-    spec = spec_from_file_location(name, path)
-    sys.modules[name] = module = module_from_spec(spec)
+    spec = spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -46,4 +45,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     script = load(given.name)
     sys.argv = [script.__file__, *given.flags]
-    launch(script.main, script.Args, script.RECIPES)
+    launch(script.main, script.Args)

@@ -51,7 +51,7 @@ def opened(path):
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({str(error).splitlines()[0]})", alone=True) from None
+        raise UserError(f"cannot read the image {path} ({str(error).splitlines()[0]})") from None
 
 
 def read_images(paths, height, width):
@@ -64,7 +64,7 @@ def read_images(paths, height, width):
         with opened(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # which PIL would cut off at 255
-                raise UserError(f"{path} has more than 8 bits a channel: convert it first", alone=True)
+                raise UserError(f"{path} has more than 8 bits a channel: convert it first")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

@@ -60,7 +60,7 @@ class Described(common.Model):
             return
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
-        self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), None
+        self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
         self.family = family_of(PRESETS[teacher].kind, teacher)
         with torch.device("meta"):
             self.config = dict(self.family.transformer_class.from_config(PRESETS[teacher].config).config)
@@ -114,7 +114,7 @@ class Counting(nn.Module):
         self.tally, self.whole, self.frame_block, self.costs = tally, whole, frame_block, (backward, weights)
         self.weight = nn.Parameter(torch.ones(1), requires_grad=trained)
 
-    def forward(self, x_t, sigma, cond, read=None):
+    def forward(self, x_t, sigma, cond, blocks=()):
         part = len(x_t) * x_t.shape[2] / self.whole  # a causal student's block is one
         self.tally.work += part
         weight = 1 * self.weight
@@ -124,7 +124,7 @@ class Counting(nn.Module):
             self.tally.graphs = max(self.tally.graphs, self.tally.alive)
             v.register_hook(lambda _: self.passed(-part, part * self.costs[0]))
             weight.register_hook(lambda _: self.passed(0, part * self.costs[1]))
-        return v if read is None else (v, [v.mean((1, 2, 3, 4)).view(-1, 1, 1) for _ in read])
+        return v, [v.mean((1, 2, 3, 4)).view(-1, 1, 1) for _ in blocks]
 
     def passed(self, alive, work):
         self.tally.alive += alive
@@ -334,7 +334,7 @@ def main():
     own, sys.argv[1:] = parser.parse_known_args()
     common.init_distributed()
     script = import_module(own.script)
-    args = parse_args(script.Args, script.RECIPES)
+    args = parse_args(script.Args)
     measure(script, args, own.measure) if own.measure else tell(script, args, own.gpus)
     dist.destroy_process_group()
 

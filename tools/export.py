@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 import common
 from models.presets import PRESETS, TINY_WORLD
 from models.wan import Wan
-from training.files import UserError, read_json, readable_by_all
-from training.finished import load_run, noise_levels, run_of, student_folders
+from training.files import UserError, read_json
+from training.finished import load_run, run_of, student_folders
 from training.flags import RunArgs, one_line_errors
 
 SAMPLERS = {
@@ -117,7 +117,7 @@ def main(args):
     script, run_args, checkpoint = load_run(args.run)
     run_args = replace(run_args, teacher=args.teacher or run_args.teacher)
     model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
-    folders, levels = student_folders(script, run_args, checkpoint), noise_levels(script, run_args)
+    folders, levels = student_folders(script, run_args, checkpoint), script.noise_levels(run_args)
     student = Student(script, run_args, checkpoint, model, folders, levels)
     if args.lora and (student.why_not_stock or not run_args.lora_rank):
         raise UserError(f"--lora: {student.why_not_stock or 'this run trained all weights'}")
@@ -135,9 +135,6 @@ def main(args):
             if not student.why_not_stock:
                 write_pipeline(student, aside)
         (aside / "README.md").write_text(model_card(student, args.out.name, args.lora))
-        for path in aside.rglob("*.safetensors"):
-            if not path.is_symlink():
-                readable_by_all(path)
         os.replace(aside, args.out)
     print(f"exported to {args.out}; {args.out / 'README.md'} says how to sample it")
     if student.why_not_stock:

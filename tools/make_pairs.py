@@ -9,6 +9,8 @@ the video's shape; --max-hours does not stop it. Run it again after an interrupt
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 import common
 import dmd
-from training.files import UserError, make_folder
+from training.files import UserError
 from training.flags import launch
 from training.samples import samples_key, teacher_samples
 
@@ -28,11 +30,11 @@ def main(args):
     device = common.init_distributed()
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     data = common.load_data(model, args.prompts, args.data, cache, device, args.seed, args.images)
-    settings = (args.guidance_scale, args.shift, args.pair_steps)
+    args = replace(args, teacher_steps=args.pair_steps)
 
     # the folder says what its pairs are, so that others are not added to them
-    key, note = str(samples_key(data, args.num_samples, args.batch_size, settings)), out / "key.txt"
-    make_folder(out, hint="")
+    key, note = str(samples_key(data, args)), out / "key.txt"
+    out.mkdir(parents=True, exist_ok=True)
     before = [note.read_text() if note.is_file() else "" if any(out.glob("*.safetensors")) else key]
     dist.broadcast_object_list(before)
     if before[0] != key:
@@ -42,13 +44,13 @@ def main(args):
 
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     teacher = model.load_network("teacher", device)
-    solve = lambda noise, cond: dmd.solve_ode(teacher, noise, cond, null_cond, *settings)
+    sample = partial(dmd.sample_teacher, teacher, null_cond, model.latent_shape, args)
     run = SimpleNamespace(device=device, cache=cache, max_hours=math.inf)
-    pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings, folder=out)
+    pairs = teacher_samples(run, data, sample, args, folder=out)
     if dist.get_rank() == 0:
         print(f"{len(pairs)} pairs in {out}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    launch(main, dmd.Args, dmd.RECIPES)
+    launch(main, dmd.Args)

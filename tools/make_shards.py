@@ -23,10 +23,11 @@ from annotated_types import Ge
 
 import common
 import dmd2
+from models.latents import encode
 from tools.video_in.clips import find_clips
 from tools.video_in.video import Unreadable, read_clip
-from training.files import UserError, hashed, make_folder, opened, read_shard, stamps, write_shard, written_aside
-from training.flags import one_line_errors, with_recipe
+from training.files import UserError, hashed, opened, read_shard, stamps, write_shard, written_aside
+from training.flags import one_line_errors, recipe_args
 
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
 
@@ -76,13 +77,13 @@ def survey(args, model):
 def main(args):
     device = common.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
-    recipe = with_recipe(dmd2.Args, dmd2.RECIPES, teacher=args.teacher)
+    recipe = recipe_args(dmd2.Args, teacher=args.teacher)
     frames, height, width = (getattr(args, name) or getattr(recipe, name) for name in ("frames", "height", "width"))
     model = common.Model(args.teacher, frames, height, width)
     found = [survey(args, model) if rank == 0 else None]
     dist.broadcast_object_list(found)
     (todo, done, skipped), count = found[0], 0
-    make_folder(args.out, hint="")
+    args.out.mkdir(parents=True, exist_ok=True)
     if todo:
         encoded = common.encode_text(model, [clip.caption for _, clip in todo], args.out / "text", device)
         vae, read = model.load_vae(device), model.image_encoder(device)
@@ -97,7 +98,7 @@ def main(args):
                 skipped.append((clip.name, str(error)))
                 continue
             kept.append(number)
-            tensors["latents"].append(common.encode(vae, video)[0].cpu())
+            tensors["latents"].append(encode(vae, video)[0].cpu())
             for key, value in read(video[:, :, :1]).items():  # what an image-to-video teacher reads of the first frame
                 tensors[key].append(value[0].cpu())
         if kept:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 import common
 import dmd2
 from models.images import find_images, tell_cropped
-from training.files import UserError, make_folder, read_prompts
+from models.latents import decode
+from training.files import UserError, read_prompts
 from training.finished import load_run, run_of, student_sampler, teacher_sampler
 from training.flags import one_line_errors
 from training.media import contact_sheet, write_video
@@ -96,14 +97,14 @@ def main(args):
     out, cache = args.out or run / "samples", run.parent / "cache"
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: delete it, or give another folder with --out")
-    make_folder(out, hint="; see --out")
+    out.mkdir(parents=True, exist_ok=True)
 
     device = common.init_distributed()
     data, vae = common.encode_text(model, prompts, cache, device, images), model.load_vae(device)
     about = (model, device, script, run_args, checkpoint, args.checkpoint.endswith(":raw"), args.kept_frames)
     samplers = {"": lambda: student_sampler(*about)}
     if args.teacher:
-        samplers["_teacher"] = lambda: teacher_sampler(model, device, run_args, cache, dmd2.solve_ode)
+        samplers["_teacher"] = lambda: teacher_sampler(model, device, run_args, cache, dmd2.sample_teacher)
     wanted = [(p, seed) for p in range(len(prompts)) for seed in range(args.seed, args.seed + args.seeds)]
     rows = defaultdict(list)  # {(prompt, suffix): clips}
     with tqdm(total=len(samplers) * len(wanted), unit="sample", dynamic_ncols=True) as bar:
@@ -114,7 +115,7 @@ def main(args):
                 numbers = [p * run_args.preview_seeds + seed for p, seed in part]  # a preview's
                 rng = common.SampleRNG(run_args.seed, "preview", numbers, device)
                 for (p, seed), x0 in zip(part, sample(rng, data.cond_of([p for p, _ in part])).split(1)):
-                    clip = common.decode(vae, x0)[0].cpu()
+                    clip = decode(vae, x0)[0].cpu()
                     write_video(out / f"{p:02d}_{seed}{suffix}", clip, model.fps)
                     if p < SHOWN:
                         rows[p, suffix].append(shown(clip))
