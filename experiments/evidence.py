@@ -188,15 +188,11 @@ def main(args):
             add(name, "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
-        add(
-            name,
-            folder,
-            run_args.seed,
-            sample(partial(script.sample_student, students, shape, run_args), run_args.seed),
-        )
+        sampler = partial(script.sample_student, students)
+        add(name, folder, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed))
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
-            latents = sample(partial(script.sample_student, students, longer, run_args), run_args.seed)
+            latents = sample(partial(sampler, longer, run_args), run_args.seed)
             add(f"{name}, twice the length", folder, run_args.seed, latents)
 
     lines = table_of(rows, args.transpose)

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 experiments/variant.py vanilla --teacher wan2.1-1.3b
     python experiments/variant.py vanilla --help              # the flags of the script that it changes
 
-Read NAME.patch as you read the diff of two scripts. The run folder, dmd2-NAME__<teacher>__…, is like a script's, with the patched script in it, and tools and tables find the patch by its name.
+Read NAME.patch as you read the diff of two scripts. The run folder, SCRIPT-NAME__<teacher>__<seed>__<time>, is like a
+script's, with the patched script in it; tools and tables find the patch by that name.
 """
 
 import argparse
