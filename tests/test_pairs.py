@@ -18,7 +18,7 @@ DECLARED = {
     ),
     ("dmd2", "phased_dmd"): (
         {"docstring", "Args", "RECIPES", "check", "bridge", "renoise", "sample_sigma", "rollout",
-         "sample_student", "flow_loss", "main"}, 111, 63,
+         "sample_student", "flow_loss", "main"}, 113, 63,
     ),
     ("dmd2", "dfd"): ({"docstring", "Args", "RECIPES", "needs_clips", "main"}, 26, 24),
 }  # fmt: skip

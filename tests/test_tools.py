@@ -25,8 +25,8 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 @pytest.mark.parametrize(
     "words",
     [
-        ["make_pairs.py"],
-        ["make_shards.py", "nowhere", "shards", "--teacher", "gone"],
+        ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
+        ["make_shards.py", "clips", "shards", "--teacher", "gone"],
         ["cost.py", "dmd2", "--teacher", "gone"],
         ["export.py", "gone", "out"],
     ],
@@ -35,7 +35,7 @@ def test_a_mistake_is_one_line(tmp_path, words):
     (tmp_path / "folder").mkdir()
     code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path / "folder", tmp_path / "said")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert words[-1] in err or "--pairs" in err
+    assert "gone" in err
 
 
 def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
