@@ -160,12 +160,10 @@ def test_image_to_video(tmp_path, fails):
 
 MISTAKES = [
     ({}, "--prompt"),
-    ({"prompt": ("a",), "prompts": "p.txt"}, "--prompts"),
     ({"prompts": "gone.txt"}, "gone.txt"),
     ({"prompt": ("a",), "image": Path("1.png")}, "--image"),
     ({"prompt": ("a",), "frames": 10}, "--frames"),
     ({"prompt": ("a",), "teacher_folder": "gone"}, "gone"),
-    ({"prompt": ("a",), "checkpoint": "nowhere"}, "nowhere"),
     ({"prompt": ("a",), "out": ROOT}, "not empty"),
 ]
 
