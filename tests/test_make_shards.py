@@ -83,7 +83,6 @@ def layout(clip):
 def reason(path, frames=9):
     with pytest.raises(Unreadable) as stop:
         read_clip(path, frames, 32, 32, 8)
-    assert "\n" not in str(stop.value)
     return str(stop.value)
 
 
@@ -217,7 +216,6 @@ ORIENTATIONS = {  # display matrix (a, b, c, d) -> where the quarters red green 
     (-1, 0, 0, 1): "grwb",  # mirrored: left and right
     (1, 0, 0, -1): "bwrg",  # above and below
     (0, 1, 1, 0): "rbgw",  # along the diagonal
-    (0, -1, -1, 0): "wgbr",
 }
 
 

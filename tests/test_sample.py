@@ -67,7 +67,7 @@ def same_videos(first, second):
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("name", [*list(RUNS)[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[2:])])
+@pytest.mark.parametrize("name", [*list(RUNS)[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[1:])])
 def test_the_bits_are_those_of_the_preview(tmp_path, prompts, latents, name):
     """Latents and files of student and teacher, in batches that do not end where a prompt does."""
     script, flags = RUNS[name]
@@ -94,6 +94,7 @@ def test_the_bits_are_those_of_the_preview(tmp_path, prompts, latents, name):
             assert (tmp_path / "out" / f"{stem}{mark}.{suffix}").read_bytes() == preview.read_bytes()
 
 
+@pytest.mark.slow
 def test_which_noise_a_sample_has(tmp_path, prompts, latents):
     """Seed s of prompt p is sample p * preview_seeds + s of a preview, whatever else is sampled; :raw is no average."""
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, gan_weight=0.0, ema_decay=0.5, preview_every=100, **FAST))
@@ -120,6 +121,7 @@ def run(tmp_path_factory):
     return only_run(folder, dmd2)
 
 
+@pytest.mark.slow
 def test_as_a_user_starts_it(run, tmp_path):
     """Files of two prompts, and a second start refused."""
     flags = ["--checkpoint", str(run), "--prompt", "a red circle", "--prompt", "a café at night", "--seeds", "2"]
@@ -158,12 +160,10 @@ def test_image_to_video(tmp_path, fails):
 
 MISTAKES = [
     ({}, "--prompt"),
-    ({"prompt": ("a",), "prompts": "p.txt"}, "--prompts"),
     ({"prompts": "gone.txt"}, "gone.txt"),
     ({"prompt": ("a",), "image": Path("1.png")}, "--image"),
     ({"prompt": ("a",), "frames": 10}, "--frames"),
     ({"prompt": ("a",), "teacher_folder": "gone"}, "gone"),
-    ({"prompt": ("a",), "checkpoint": "nowhere"}, "nowhere"),
     ({"prompt": ("a",), "out": ROOT}, "not empty"),
 ]
 
@@ -178,6 +178,7 @@ def test_a_mistake_is_told_before_anything_is_loaded(run, fails, monkeypatch, tm
     assert not loaded and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_has_moved(tmp_path):
     """And one of another family: images, by a small random Qwen-Image."""
     *_, frames, height, width = SMALL["qwen_image"]
@@ -192,6 +193,7 @@ def test_a_teacher_that_has_moved(tmp_path):
     assert {"00_0.png", "00_0_teacher.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_causal_student_makes_longer_videos(tmp_path, fails):
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, frame_block=5))
     run, flags = only_run(tmp_path, dmd2), {"prompt": ("a red circle",), "seeds": 1}

@@ -25,17 +25,16 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 @pytest.mark.parametrize(
     "words",
     [
-        ["make_pairs.py"],
-        ["make_shards.py", "nowhere", "shards", "--teacher", "gone"],
+        ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
+        ["make_shards.py", "clips", "shards", "--teacher", "gone"],
         ["cost.py", "dmd2", "--teacher", "gone"],
         ["export.py", "gone", "out"],
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, words):
-    (tmp_path / "folder").mkdir()
-    code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path / "folder", tmp_path / "said")
+    code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path, tmp_path / "said")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert words[-1] in err or "--pairs" in err
+    assert "gone" in err
 
 
 def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
@@ -68,7 +67,6 @@ def test_nothing_but_the_teacher(tmp_path):
         flags = {k: v for k, v in SIZE.items() if k in script.Args.__dataclass_fields__}
         script.main(with_recipe(script.Args, script.RECIPES, teacher=str(teacher), runs_dir=str(tmp_path), **flags))
         run = only_run(tmp_path, script)
-        assert (run / "checkpoints" / "step_0000002" / "checkpoint.json").is_file()
         table = (run / "previews" / "table.md").read_text()
         assert "diversity" in table and "right" not in table
     # clips by the teacher for dmd2.py and dfd.py, pairs for dmd.py: guidance and steps differ, so each has its own

@@ -86,7 +86,7 @@ class Student:
     def why_not_stock(self):
         """Why no stock pipeline samples it; empty if one does."""
         if self.sampler == "causal":
-            return "it is autoregressive"
+            return f"it makes its latent frames in blocks of {self.args.frame_block}, one after the other"
         if len(self.folders) > (2 if self.pipeline.startswith("Wan") else 1):
             return f"it has {len(self.folders)} transformers, one per phase, and {self.pipeline} takes fewer"
         if self.sampler == "renoise" and self.sigmas[1:] and self.model.conditions and "Cosmos" in self.pipeline:
@@ -234,8 +234,7 @@ def model_card(student, name, lora):
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     text = ["---", data.to_yaml(), "---", "", f"# {name}", "", *table, "", "## Use", ""]
     if student.why_not_stock:
-        text += [f"No stock pipeline samples it: {student.why_not_stock}. Here are its transformers.", ""]
-        text += [f"It makes its latent frames in blocks of {args.frame_block}."] * (student.sampler == "causal")
+        text += [f"No stock pipeline samples it: {student.why_not_stock}. Here are its transformers."]
     else:
         text += ["```python", *snippet(student, name, lora), "```", "", *(f"- {line}" for line in notes(student))]
     text += ["", "The teacher's license holds for its student: put it into the head of this file."]

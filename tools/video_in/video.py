@@ -55,17 +55,16 @@ def timed_frames(container, stream):
     """
     kind, last = None, None
     for frame in container.decode(stream):
-        stamp = frame.dts if frame.pts is None else frame.pts
-        if stamp is None or (last is not None and stamp <= last):
-            raise Unreadable("its frames have no timestamps that rise")
-        last = stamp
         transfer = {int(frame.color_trc), int(stream.codec_context.color_trc)} & HDR.keys()
         if transfer:
             raise Unreadable(f"it is HDR ({HDR[transfer.pop()]}), which is not read: convert it to SDR")
         own = (frame.width, frame.height, *display_matrix(frame))
         if kind not in (None, own):
             raise Unreadable("its size or orientation changes midway")
-        kind = own
+        stamp = frame.dts if frame.pts is None else frame.pts
+        if stamp is None or (last is not None and stamp <= last):
+            raise Unreadable("its frames have no timestamps that rise")
+        kind, last = own, stamp
         yield stamp * frame.time_base, frame
 
 
