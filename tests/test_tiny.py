@@ -16,7 +16,7 @@ from tiny.training import teacher
 from tiny.training.optim import MuonAndAdamW
 
 TEACHER = Path(world.__file__).parent / "teacher"
-COUNT = 384
+COUNT = 240
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_factors_are_uniform_modes_even_and_captions_true(clips):
         assert abs(factors[name].mean() - (low + high) / 2) < 0.05 * (high - low)
     for name, values in world.MODES.items():
         share = torch.bincount(factors[name], minlength=len(values)) / COUNT
-        assert (share * len(values) - 1).abs().max() < 0.25, name
+        assert (share * len(values) - 1).abs().max() < 0.3, name
     named = [world.NAMED[caption] for caption in captions]
     assert all(modes[name] == factors[name][i] for i, modes in enumerate(named) for name in modes)
     for names in world.LEVELS.values():
@@ -134,7 +134,7 @@ def test_damaged_clips_are_not_clean(clips):
 
 
 def test_jumps_are_incoherent(clips):
-    jumped = torch.cat([clips[0][:, :, :4], clips[0][:, :, 4:].flip(2)], dim=2)
+    jumped = torch.cat([clips[0][:96, :, :4], clips[0][:96, :, 4:].flip(2)], dim=2)
     assert measures.read_factors(jumped)["coherence"].mean() > 0.5
 
 
@@ -145,8 +145,6 @@ def test_summary_counts_wrong_captions(clips):
         wrong = [world.caption_of(modes | {name: (modes[name] + 1) % len(values)}) for modes in named]
         table = measures.summary(videos[:48], wrong)
         assert table["clean"] == 100 and table["right"] == 0, name
-    empty = measures.summary(torch.zeros_like(videos[:4]), ["a shape"] * 4)
-    assert empty["clean"] == 0 and math.isnan(empty["speed_mean"]) and math.isnan(empty["looks"])
 
 
 def test_modes_are_counted_per_caption():
@@ -159,9 +157,8 @@ def test_modes_are_counted_per_caption():
     half = measures.summary(world.batch(0, range(48), [even[i % 6] for i in range(48)])[0], ["a shape"] * 48)
     assert half["looks"] == pytest.approx(math.log(6) / math.log(12)) and half["looks_present"] == pytest.approx(50)
     assert half["motions"] == 0 and half["motions_present"] == 25
-    one = measures.summary(videos, ["a red circle"] * 48)  # 4 of the 48 are, in four directions
-    assert one["right"] == pytest.approx(100 / 12) and one["motions"] == pytest.approx(1)
-    assert math.isnan(one["looks"]), "no look is left open"
+    one = measures.summary(videos, ["a red circle"] * 48)  # 4 of the 48 are, in four directions; it leaves no look open
+    assert [one["right"], one["motions"]] == pytest.approx([100 / 12, 1]) and math.isnan(one["looks"])
     # of 12 modes the even share is 8.3 %: one of 96 samples is below a quarter of it, three are above
     for rare, present in ((1, 1), (3, 2)):
         assert measures.spread_over(torch.tensor([0] * (96 - rare) + [1] * rare), 12)[1] == pytest.approx(present / 12)
@@ -231,6 +228,16 @@ def test_an_update_is_orthogonal_for_matrices_and_kernels_and_adams_for_the_rest
         values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.1 * 0.4 * math.sqrt(40))
         assert values.min() > 0.5 and values.max() < 1.4
     torch.testing.assert_close(bias.detach().abs(), torch.full((7,), 0.1))
+
+
+def test_posterior_mean_is_bayes_rule():
+    torch.manual_seed(0)
+    clips, x_t = torch.randn(5, 12).double(), torch.randn(3, 2, 1, 2, 3).double()
+    sigma = torch.tensor([0.6, 0.9, 1.0]).double()
+    got = teacher.posterior_mean(x_t, sigma, clips, clips.square().sum(1)).flatten(1)
+    for x, s, row in zip(x_t.flatten(1), sigma, got):
+        likelihood = torch.exp(-(x - (1 - s) * clips).square().sum(1) / (2 * s**2))
+        torch.testing.assert_close(row, likelihood @ clips / likelihood.sum())
 
 
 def test_all_stages_write_teachers(tmp_path, monkeypatch):

@@ -98,6 +98,17 @@ def embed(text_encoder, tokens, length):
     return F.pad(embeddings, (0, 0, 0, length - embeddings.shape[1]))
 
 
+def posterior_mean(x_t, sigma, clips, squares):
+    """E[x0 | x_t], were x0 one of `clips` [n, d] with equal chances. x_t: [b, ...], sigma: [b], squares: |clips|^2 [n].
+
+    As a target it has the same mean as the one clip that x_t was made of, so the same gradient in expectation, without
+    the noise of which clip that was (Xu et al. 2023, arXiv 2302.00670, with all clips as the reference batch).
+    """
+    signal = 1 - sigma[:, None]
+    logits = (signal * (x_t.flatten(1) @ clips.T) - signal**2 * squares / 2) / sigma[:, None] ** 2
+    return (torch.softmax(logits, dim=1) @ clips).view_as(x_t)
+
+
 def train_transformer(args, pipe, params, steps, peak_lr, known=0):
     """Train `params` of the pipeline's transformer and text encoder, in place, and leave their average there.
 
@@ -106,6 +117,9 @@ def train_transformer(args, pipe, params, steps, peak_lr, known=0):
     """
     transformer = pipe.transformer
     latents, captions = encode_clips(args, pipe.vae)
+    # the clips that each caption is true of, and all for the empty one
+    true = [latents[(captions == i).any(1)].flatten(1) for i in range(len(world.CAPTIONS))] + [latents.flatten(1)]
+    squares = [clips.square().sum(1) for clips in true]
     tokens = pipe.tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
     optimizer = MuonAndAdamW(params, [p for p in transformer.blocks.parameters() if p.ndim == 2])
     ema = EMAModel(params, decay=args.ema_decay)
@@ -120,22 +134,25 @@ def train_transformer(args, pipe, params, steps, peak_lr, known=0):
         uniform = (torch.arange(args.batch) + torch.randint(4, (1,))) % 4 == 0
         u = torch.where(uniform, u, torch.sigmoid(torch.special.ndtri(u)))
         sigma = args.train_shift * u / (1 + (args.train_shift - 1) * u)
-        sigma = sigma[:, None].repeat(1, x0.shape[2])
-        sigma[:, :known] = 0
-        s = rearrange(sigma, "b f -> b 1 f 1 1")
-        noise = torch.randn_like(x0)
-        x_t = (1 - s) * x0 + s * noise
+        levels = sigma[:, None].repeat(1, x0.shape[2])
+        levels[:, :known] = 0
+        s = rearrange(levels, "b f -> b 1 f 1 1")
+        x_t = (1 - s) * x0 + s * torch.randn_like(x0)
         tokens_per_frame = x0.shape[3] // 2 * (x0.shape[4] // 2)
-        timestep = 1000 * (sigma.repeat_interleave(tokens_per_frame, dim=1) if known else sigma[:, 0])
+        timestep = 1000 * (levels.repeat_interleave(tokens_per_frame, dim=1) if known else sigma)
 
         # any true caption, or the empty one, which guidance needs
         caption = captions[rows, torch.randint(captions.shape[1], (args.batch,))]
         caption[torch.rand(args.batch) < args.dropout] = len(world.CAPTIONS)
+        if not known:  # at high noise the clip behind x_t is anybody's guess: its mean is the target
+            for i in caption[sigma > 0.85].unique():
+                rows = (caption == i) & (sigma > 0.85)
+                x0[rows] = posterior_mean(x_t[rows], sigma[rows], true[i], squares[i])
         length = STOCK_TEXT_LENGTH if torch.rand(()) < 1 / 8 else TEXT_LENGTH  # Wan does not mask padding
         text = embed(pipe.text_encoder, tokens, length)[caption]
 
         v = velocity(x_t, timestep, text, return_dict=False)[0]
-        loss = F.mse_loss(v[:, :, known:], (noise - x0)[:, :, known:])
+        loss = F.mse_loss(v[:, :, known:], ((x_t - x0) / s)[:, :, known:])
         # warmed up, level, and down to zero over the last 60 %
         optimizer.step(loss, peak_lr * min(1, (step + 1) / 300, (1 - step / steps) / 0.6))
         ema.step(params)
