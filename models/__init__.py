@@ -3,8 +3,8 @@
 A family is an `nn.Module` that holds a diffusers transformer, or two, and offers
 
     network = Family(transformer, index=model_index)         # or (transformer, transformer_2, index) with two experts
-    v = network(x_t, sigma, cond)                            # velocity [b, c, f, h, w], float32
-    v, features = network(x_t, sigma, cond, read=(15, 22))   # and the outputs [b, tokens, width] of these blocks
+    v, features = network(x_t, sigma, cond, blocks=(15, 22))  # velocity [b, c, f, h, w], float32, and the outputs
+                                                              # [b, tokens, width] of these transformer blocks
     network.blocks                                           # the units that FSDP2 shards
     network.width                                            # of the features
     network.chunks(x_t), network.update_cache(x0, cond)         # of a causal student, see wan_causal.py; else Wan's do

@@ -63,9 +63,9 @@ class Adapted(nn.Module):
         except AttributeError:
             return getattr(self.network[0], name)
 
-    def forward(self, *args):
+    def forward(self, x_t, sigma, cond, blocks=()):
         with turned_on(self.network[0], [self.adapter_name]):
-            return self.network[0](*args)
+            return self.network[0](x_t, sigma, cond, blocks)
 
     @torch.no_grad()
     def start(self):

@@ -37,19 +37,19 @@ class Wan(nn.Module):
     def width(self):
         return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
 
-    def forward(self, x_t, sigma, cond, read=None):
-        """x_t [b, c, f, h, w], sigma [b] in [0, 1] -> velocity [b, c, f, h, w], float32; with `read`, a list of block
-        numbers, also their outputs [b, tokens, width].
+    def forward(self, x_t, sigma, cond, blocks=()):
+        """x_t [b, c, f, h, w], sigma [b] in [0, 1] -> velocity [b, c, f, h, w], float32, and a list of features: the
+        outputs [b, tokens, width] of the transformer blocks of these numbers.
         """
-        features = {}
+        features = {}  # filled by forward hooks on the blocks, which are there in this call alone
         keep = lambda i: lambda block, args, out: features.update({i: out[-1] if isinstance(out, tuple) else out})
-        hooks = [self.blocks[i].register_forward_hook(keep(i)) for i in read or ()]
+        hooks = [self.blocks[i].register_forward_hook(keep(i)) for i in blocks]
         try:
             v = self.velocity(x_t, sigma, cond)
         finally:
             for hook in hooks:
                 hook.remove()
-        return v if read is None else (v, [features[i] for i in read])
+        return v, [features[i] for i in blocks]
 
     def chunks(self, x_t):
         """The parts of a video [b, c, f, h, w] that are denoised one after another: here it is one."""

@@ -21,9 +21,9 @@ class WanExperts(Wan):
     def blocks(self):
         return [*self.transformer.blocks, *self.transformer_2.blocks]
 
-    def forward(self, x_t, sigma, cond, read=None):
+    def forward(self, x_t, sigma, cond, blocks=()):
         if sigma.is_meta:  # what a forward costs: a sample needs one expert
-            return self.expert(self.transformer)(x_t, sigma, cond, read)
+            return self.expert(self.transformer)(x_t, sigma, cond, blocks)
         high = sigma >= self.boundary
         needed = torch.stack([high.any(), ~high.all()]).int()
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
@@ -34,13 +34,13 @@ class WanExperts(Wan):
             # where none of this rank's samples is this expert's, it runs on the first, for nothing
             rows = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(needed[:1], dtype=torch.long)
             own = {key: x[rows] for key, x in cond.items()}
-            v, features = self.expert(transformer)(x_t[rows], sigma[rows], own, read or ())
+            v, features = self.expert(transformer)(x_t[rows], sigma[rows], own, blocks)
             parts = []
             for part in (v, *features):
                 weight = mine[rows].view(-1, *[1] * (part.ndim - 1)).to(part.dtype)
                 parts.append(part.new_zeros(len(sigma), *part.shape[1:]).index_add(0, rows, part * weight))
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        return total[0] if read is None else (total[0], total[1:])
+        return total[0], total[1:]
 
 
 class WanI2VExperts(WanExperts, WanI2V):
