@@ -120,7 +120,7 @@ def sample_sigma(rng, shift, low=0.02, high=0.98):
 
 
 def predict_x0(network, x_t, sigma, cond):
-    v = network(x_t, sigma, cond)
+    v, _ = network(x_t, sigma, cond)
     return x_t - rearrange(sigma, "b -> b 1 1 1 1") * v
 
 

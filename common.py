@@ -1,6 +1,6 @@
 """Model loading and data: all that the scripts share. No loss, sampler or schedule is in this file.
 
-A network is called `v = network(x_t, sigma, cond)`, see models/. Every random draw and every sample read is a
+A network is called `v, features = network(x_t, sigma, cond, blocks)`, see models/. Every random draw and every sample read is a
 function of (seed, sample number), so a run has no hidden state: it resumes exactly, at any number of processes.
 """
 

@@ -88,7 +88,7 @@ def sample_sigma(rng, shift, low=0.02, high=0.98):
 
 
 def predict_x0(network, x_t, sigma, cond):
-    v = network(x_t, sigma, cond)
+    v, _ = network(x_t, sigma, cond)
     return x_t - rearrange(sigma, "b -> b 1 1 1 1") * v
 
 
@@ -236,7 +236,8 @@ def main(args):
                 sigma = sample_sigma(rng, args.shift, *args.score_sigmas)
                 noise = rng.normal(shape)
                 x_t = add_noise(x0, noise, sigma)
-            loss = flow_loss(fake_score(x_t, sigma, cond), x0, noise)
+            v, _ = fake_score(x_t, sigma, cond)
+            loss = flow_loss(v, x0, noise)
             log["loss/fake_score"] += loss.detach() / args.grad_accum
             (loss / args.grad_accum).backward()
         log["grad_norm/fake_score"] = common.clip_grad_norm(fake_score, args.max_grad_norm)

@@ -358,7 +358,7 @@ def test_the_sample_is_the_students(whole, run):
     with torch.no_grad():
         x_t = draw()
         for sigma, sigma_next in zip(row["sigmas"], [*row["sigmas"][1:], None]):
-            x0 = x_t - sigma * student(x_t, torch.tensor([sigma]), text)
+            x0 = x_t - sigma * student(x_t, torch.tensor([sigma]), text)[0]
             x_t = (1 - sigma_next) * x0 + sigma_next * draw() if sigma_next else x0
     video = common.decode(model.load_vae(device), x_t)[0].clamp(0, 1)
     assert (video - media.read_video(whole / "videos" / row["file"])).abs().mean() < 0.01  # H.264 is between them

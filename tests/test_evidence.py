@@ -224,7 +224,7 @@ def test_raw_has_its_lora_and_an_unfinished_run_with_phases_is_refused(tmp_path,
     finished = load_run(only_run(tmp_path, phased_dmd))
     merged, raw = (students_of(model, device, *finished, raw=raw) for raw in (False, True))
     x_t, sigma, cond = torch.randn(1, *model.latent_shape), torch.tensor([0.5]), {"text": torch.randn(1, 3, 32)}
-    of = lambda network: network(x_t, sigma, cond)
+    of = lambda network: network(x_t, sigma, cond)[0]
     with torch.no_grad():
         assert len(merged) == len(raw) == 2 and torch.equal(of(merged[0]), of(raw[0]))
         assert torch.allclose(of(merged[1]), of(raw[1]), atol=1e-4)

@@ -109,9 +109,9 @@ class PerLevel(nn.Module):
         super().__init__()
         self.levels, self.table = levels, nn.Parameter(torch.zeros(len(levels), 2))
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         scale, shift = self.table[torch.searchsorted(self.levels, sigma)].unbind(1)
-        return column(scale) * x_t + column(shift)
+        return column(scale) * x_t + column(shift), []
 
 
 class Noise:
@@ -188,9 +188,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.value, self.calls = nn.Parameter(torch.tensor(value)), []
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         self.calls.append((sigma[0].item(), torch.is_grad_enabled()))
-        return (x_t - self.value) / column(sigma)
+        return (x_t - self.value) / column(sigma), []
 
 
 def test_rollout_goes_by_euler_steps_through_the_experts():

@@ -116,7 +116,7 @@ class Watch:
                 return forward(x_t, *rest, **named)
             out = self.timed("forward", lambda: forward(x_t, *rest, **named))
             self.calls[-1][role, "forward"] += len(x_t)
-            if (out if torch.is_tensor(out) else out[0]).requires_grad:
+            if out[0].requires_grad:
                 self.calls[-1][kind, "backward"] += len(x_t)
             return out
 

@@ -59,9 +59,9 @@ class Recorder:
     def __init__(self):
         self.levels = []
 
-    def __call__(self, x_t, sigma, cond):
+    def __call__(self, x_t, sigma, cond, blocks=()):
         self.levels.append(round(sigma[0].item(), 6))
-        return torch.zeros_like(x_t)
+        return torch.zeros_like(x_t), []
 
     def chunks(self, x_t):
         return [x_t]
