@@ -36,7 +36,7 @@ def test_velocity_and_x0_are_one_prediction():
     x0, noise, sigma = torch.randn(4, 2, 1, 3, 3), torch.randn(4, 2, 1, 3, 3), torch.tensor([0.02, 0.3, 0.7, 1.0])
     x_t = dmd.add_noise(x0, noise, sigma)
     torch.testing.assert_close(x_t[3], noise[3])
-    torch.testing.assert_close(dmd.predict_x0(lambda *_: noise - x0, x_t, sigma, COND), x0)
+    torch.testing.assert_close(dmd.predict_x0(lambda *_: (noise - x0, []), x_t, sigma, COND), x0)
     assert dmd.flow_loss(noise - x0, x0, noise).item() == 0
 
 
@@ -56,7 +56,7 @@ def test_guidance():
 
     def model(x_t, sigma, cond):
         calls.append(len(x_t))
-        return cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1).expand_as(x_t)
+        return cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1).expand_as(x_t), []
 
     x_t, sigma = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0.5, 1.0])
     cond, null = {"text": torch.full((2, 3, 1), 2.0)}, {"text": torch.full((1, 3, 1), 1.0)}
@@ -68,7 +68,7 @@ def test_guidance():
 
     # what is no prompt (the first frame of image-to-video) conditions both halves
     def sees_image(x_t, sigma, cond):
-        return model(x_t, sigma, cond) + cond["image"]
+        return model(x_t, sigma, cond)[0] + cond["image"], []
 
     image = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1, 1)
     with_image = dmd.guided_x0(sees_image, x_t, sigma, cond | {"image": image}, null, 4.0)

@@ -148,7 +148,7 @@ def trained_phase(naive):
             optimizers[0].zero_grad()
             phased_dmd.student_loss(x_s, grad).backward()
             optimizers[0].step()
-        v, x_s = fake(x_t.detach(), sigma, COND), x_s.detach()
+        (v, _), x_s = fake(x_t.detach(), sigma, COND), x_s.detach()
         loss = F.mse_loss(v, noise - x_s) if naive else phased_dmd.flow_loss(v, x_s, noise, sigma, s)
         optimizers[1].zero_grad()
         loss.backward()
