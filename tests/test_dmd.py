@@ -136,7 +136,7 @@ def test_fake_score_loss_is_least_at_the_exact_velocity():
     noise = torch.randn(n, 1, 1, 1, 1, generator=torch.Generator().manual_seed(1))
     sigma = torch.full((n,), 0.6)
     x_t = dmd.add_noise(x0, noise, sigma)
-    loss = {s: dmd.flow_loss(Gaussian(0.0, s)(x_t, sigma, COND), x0, noise).item() for s in (0.4, 0.5, 0.6)}
+    loss = {s: dmd.flow_loss(Gaussian(0.0, s)(x_t, sigma, COND)[0], x0, noise).item() for s in (0.4, 0.5, 0.6)}
     # Var(noise - x0 | x_t) = std^2 / ((1 - sigma)^2 std^2 + sigma^2)
     assert loss[0.5] == pytest.approx(std**2 / (0.4**2 * std**2 + 0.6**2), rel=0.01)
     assert loss[0.5] < min(loss[0.4], loss[0.6])
