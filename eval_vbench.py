@@ -221,7 +221,7 @@ def generate(args):
         raise UserError("VBench's list is for videos: give --prompts, as this teacher makes images")
     for item in items if model.size[0] == 1 else ():
         item["files"] = [f"{file.removesuffix('.mp4')}.png" for file in item["files"]]
-    images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
+    images = find_images(args.images, len(entries)) if args.images else []
     config = config[0] | ({"images": vbench.short_hash(stamps(images))} if images else {}) | {
         "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size, "device": device.type,
         "prompts": vbench.short_hash([(item["entry"], item["prompt"], item["fed"]) for item in items]),

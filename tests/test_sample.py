@@ -183,13 +183,9 @@ def test_image_to_video(tmp_path, fails, capsys):
     for video, clip in (("many/00_0", clips[0]), ("many/01_0", clips[1]), ("one/00_0", clips[0])):
         begun = read_video(tmp_path / f"{video}.mp4")[:, 0]
         assert (begun - clip[:, 0]).abs().mean() < 0.05, video
-    assert "cropped" not in capsys.readouterr().out
-    to_pil(clips[0]).resize((64, 32)).save(tmp_path / "wide.png")
-    sampled(run, prompt=("a red circle",), image=str(tmp_path / "wide.png"), seeds=1, out=tmp_path / "wide")
-    assert "1 of 1 images have another aspect: cropped in the middle" in capsys.readouterr().out
     no, red = tmp_path / "no", ("a red circle",)
     fails(lambda: sampled(run, prompt=red, out=no), "begins with an image: give --image FILE")
-    fails(lambda: sampled(run, prompt=red, image=str(prompts), out=no), "cannot read the image")
+    fails(lambda: sampled(run, prompt=red, image=str(prompts), out=no), "cannot read")
     fails(lambda: sampled(run, prompt=red, image="gone.png", out=no), "cannot read the image gone.png")
     fails(lambda: sampled(run, prompt=red, images=str(images), out=no), "--images goes with --prompts")
     both = {"prompts": str(prompts), "image": str(prompts), "images": str(images)}

@@ -11,7 +11,7 @@ import common
 import dmd
 import dmd2
 import phased_dmd
-from models.classes import family_of
+from models.folders import family_of
 from models.presets import PRESETS, TINY_WORLD
 from tests.conftest import small
 from tools import cost, step_time
@@ -80,7 +80,7 @@ SMALL = {
 def test_every_teacher_on_the_hub_runs_without_its_files(monkeypatch, capsys, tmp_path, teacher):
     """With its family's classes, small: losses stay finite, or Run.log of a real run would have ended it."""
     preset, losses = PRESETS[teacher], []
-    kind = family_of(preset.kind, teacher).transformer_class.__name__
+    kind = family_of(preset.family).transformer_class.__name__
     config = {**preset.config, **SMALL[kind]}
     config |= {"added_kv_proj_dim": 32} if "added_kv_proj_dim" in config else {}
     monkeypatch.setitem(PRESETS, teacher, preset._replace(config=config))

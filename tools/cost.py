@@ -28,6 +28,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+from models.folders import family_of
+from models.latents import latent_shape
 from models.presets import PRESETS, TINY_WORLD, name_of
 from training.files import UserError
 from training.flags import check_flags, one_line_errors, parse_args, with_recipe
@@ -130,14 +132,12 @@ def describe(teacher, frames, height, width):
     """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
     if teacher not in PRESETS or teacher in TINY_WORLD:
         return common.Model(teacher, frames, height, width)
-    from models.classes import family_of
-
     preset = PRESETS[teacher]
-    family = family_of(preset.kind, teacher)
+    family = family_of(preset.family)
     with torch.device("meta"):
         config = dict(family.transformer_class.from_config(preset.config).config)
     vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
-    shape, patch = family.shapes(config, vae, frames, height, width)
+    shape, patch = latent_shape(config, vae, frames, height, width)
     conditions = family.conditions(config, shape)
     index = {"boundary_ratio": 0.9 if conditions else 0.875} if len(family.parts) > 1 else {}  # Wan 2.2 A14B's
     model = Shapes(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 import dmd2
-from models.images import find_images, read_images, tell_cropped
+from models.images import find_images, read_images
 from models.presets import PRESETS
 from training.checkpoints import check_checkpoint
 from training.files import UserError, make_folder, read_prompts, written_aside
@@ -110,12 +110,10 @@ def first_frames(args, model, count):
         raise UserError(f"{model.name} begins with an image: give --image FILE, or --prompts with --images FOLDER")
     if given and not model.conditions:
         raise UserError(f"{model.name} does text-to-video: leave out --image{'s' if args.images else ''}")
-    images = find_images(args.images, count, *model.size[1:]) if args.images else [args.image] * count
+    images = find_images(args.images, count) if args.images else [args.image] * count
     images = [Path(image) for image in images if image]
     for image in dict.fromkeys(images):
         read_images([image], *model.size[1:])  # one line if it cannot be
-    if args.image:
-        tell_cropped(images[:1], *model.size[1:])
     return images
 
 
