@@ -21,6 +21,12 @@ def check_name(teacher):
 
 def family_of(name):
     """The class of such a name ("wan.Wan"). Imported late: --help need not wait for diffusers."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     file, _, cls = name.partition(".")
     return getattr(import_module(f"models.{file}"), cls)
 

@@ -22,7 +22,7 @@ def find_images(folder, count):
 
 
 def read_images(paths, height, width):
-    """Images as videos of one frame [n, 3, 1, height, width] in [0, 1], scaled to cover it and cropped in the middle."""
+    """Images as videos of one frame [n, 3, 1, height, width] in [0, 1], scaled to cover it, cropped in the middle."""
     videos = []
     for path in paths:
         with readable(path), Image.open(path) as file:

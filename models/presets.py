@@ -67,7 +67,7 @@ PIPELINES = {
 
 
 def family_name(folder, teacher):
-    """The file and class in models/ that read a folder in the diffusers layout. teacher: what it was asked for as."""
+    """The file and class in models/ that read a folder in the diffusers layout, for what --teacher asks of it."""
     if teacher in PRESETS:
         return PRESETS[teacher].family
     index = read_json(folder / "model_index.json")
