@@ -149,7 +149,7 @@ def generate(args, device):
     entries, fed = read_entries(args, run_args.teacher)
     if bool(args.images) != bool(model.conditions):
         raise UserError(f"{model.name} {'begins with' if model.conditions else 'takes no'} images: see --images")
-    images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
+    images = find_images(args.images, len(entries)) if args.images else []
     items, raw = vbench.items_of(entries, fed), args.checkpoint.endswith(":raw")
     weights = [path for folder in (checkpoint, model.folder) for path in sorted(folder.rglob("*.safetensors"))]
     config = asdict(run_args) | {

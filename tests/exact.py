@@ -32,11 +32,11 @@ class Gaussian(Whole):
         super().__init__()
         self.mean, self.std = mean, std
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         s = sigma.view(-1, 1, 1, 1, 1)
         a, var = 1 - s, self.std**2
         x0 = self.mean + a * var / (a**2 * var + s**2) * (x_t - a * self.mean)  # E[x0 | x_t]
-        return (x_t - x0) / s
+        return (x_t - x0) / s, []
 
 
 class ScaleShift(Whole):
@@ -46,8 +46,8 @@ class ScaleShift(Whole):
         super().__init__()
         self.theta, self.mu = nn.Parameter(torch.tensor(theta)), nn.Parameter(torch.tensor(mu))
 
-    def forward(self, x_t, sigma, cond):
-        return x_t - (self.theta * x_t + self.mu)
+    def forward(self, x_t, sigma, cond, blocks=()):
+        return x_t - (self.theta * x_t + self.mu), []
 
 
 def draws(stream, n):

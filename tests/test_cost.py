@@ -13,7 +13,7 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
-from models.classes import family_of
+from models.folders import family_of
 from models.presets import PRESETS, TINY_WORLD
 from tests.conftest import small_args
 from tools import cost

@@ -27,9 +27,9 @@ class Scale(Whole):
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(theta))
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         s = sigma.view(-1, 1, 1, 1, 1)
-        return (x_t - self.theta * x_t / torch.sqrt((1 - s) ** 2 + s**2)) / s
+        return (x_t - self.theta * x_t / torch.sqrt((1 - s) ** 2 + s**2)) / s, []
 
 
 def fixed_point(data_prob, student_sigma, paired, steps=800):

@@ -36,7 +36,7 @@ def test_velocity_and_x0_are_one_prediction():
     x0, noise, sigma = torch.randn(4, 2, 1, 3, 3), torch.randn(4, 2, 1, 3, 3), torch.tensor([0.02, 0.3, 0.7, 1.0])
     x_t = dmd.add_noise(x0, noise, sigma)
     torch.testing.assert_close(x_t[3], noise[3])
-    torch.testing.assert_close(dmd.predict_x0(lambda *_: noise - x0, x_t, sigma, COND), x0)
+    torch.testing.assert_close(dmd.predict_x0(lambda *_: (noise - x0, []), x_t, sigma, COND), x0)
     assert dmd.flow_loss(noise - x0, x0, noise).item() == 0
 
 
@@ -56,7 +56,7 @@ def test_guidance():
 
     def model(x_t, sigma, cond):
         calls.append(len(x_t))
-        return cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1).expand_as(x_t)
+        return cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1).expand_as(x_t), []
 
     x_t, sigma = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0.5, 1.0])
     cond, null = {"text": torch.full((2, 3, 1), 2.0)}, {"text": torch.full((1, 3, 1), 1.0)}
@@ -68,7 +68,7 @@ def test_guidance():
 
     # what is no prompt (the first frame of image-to-video) conditions both halves
     def sees_image(x_t, sigma, cond):
-        return model(x_t, sigma, cond) + cond["image"]
+        return model(x_t, sigma, cond)[0] + cond["image"], []
 
     image = torch.tensor([10.0, 20.0]).view(2, 1, 1, 1, 1)
     with_image = dmd.guided_x0(sees_image, x_t, sigma, cond | {"image": image}, null, 4.0)
@@ -136,7 +136,7 @@ def test_fake_score_loss_is_least_at_the_exact_velocity():
     noise = torch.randn(n, 1, 1, 1, 1, generator=torch.Generator().manual_seed(1))
     sigma = torch.full((n,), 0.6)
     x_t = dmd.add_noise(x0, noise, sigma)
-    loss = {s: dmd.flow_loss(Gaussian(0.0, s)(x_t, sigma, COND), x0, noise).item() for s in (0.4, 0.5, 0.6)}
+    loss = {s: dmd.flow_loss(Gaussian(0.0, s)(x_t, sigma, COND)[0], x0, noise).item() for s in (0.4, 0.5, 0.6)}
     # Var(noise - x0 | x_t) = std^2 / ((1 - sigma)^2 std^2 + sigma^2)
     assert loss[0.5] == pytest.approx(std**2 / (0.4**2 * std**2 + 0.6**2), rel=0.01)
     assert loss[0.5] < min(loss[0.4], loss[0.6])

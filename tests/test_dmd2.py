@@ -22,9 +22,9 @@ class Recorder(Whole):
         super().__init__()
         self.theta, self.calls = nn.Parameter(torch.tensor(0.7)), []
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         self.calls.append((x_t, sigma, torch.is_grad_enabled()))
-        return (x_t - self.theta) / sigma.view(-1, 1, 1, 1, 1)
+        return (x_t - self.theta) / sigma.view(-1, 1, 1, 1, 1), []
 
 
 def test_rollout_renoises_afresh_and_only_its_last_step_has_a_gradient():
@@ -83,7 +83,7 @@ def test_the_discriminator_reads_what_a_forward_returns_and_can_learn():
     sigma, cond = torch.tensor([0.3, 0.9]), {"text": torch.zeros(2, model.text_length, model.text_dim)}
     x_t = torch.randn(2, *model.latent_shape, requires_grad=True)
     v, features = network(x_t, sigma, cond, read)
-    assert torch.equal(v, network(x_t, sigma, cond)) and network(x_t, sigma, cond, ())[1] == []
+    assert torch.equal(v, network(x_t, sigma, cond)[0]) and network(x_t, sigma, cond)[1] == []
     # the features are those blocks' outputs, in the order that was asked for
     kept, tokens = {}, 80
     for i in read:
@@ -117,7 +117,7 @@ def test_features_carry_the_same_gradient_when_activations_are_recomputed(gradie
         network = model.load_network("student", device).train()
         x_t = torch.ones(1, *model.latent_shape)
         cond = {"text": torch.ones(1, model.text_length, model.text_dim)}
-        _, features = network(x_t, torch.tensor([0.5]), cond, read=(1, 3))
+        _, features = network(x_t, torch.tensor([0.5]), cond, blocks=(1, 3))
         assert not any(block._forward_hooks for block in network.blocks), "what is read once is not read for ever"
         sum(x.square().sum() for x in features).backward()
         gradients.append(network.blocks[0].attn1.to_q.weight.grad)

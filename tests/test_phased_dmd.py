@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, WanPipeline, WanTransformer3DModel
+from experiments.phased_ablations import velocity_gradient
 from safetensors.torch import load_file
 from torch import nn
 
 import common
 import dmd2
 import phased_dmd
-from experiments.phased_ablations import velocity_gradient
 from models.presets import PRESETS
 from models.wan import Wan
 from tests.conftest import distance, only_run, same, small_args, stopped, student_weights, train_on_ranks
@@ -109,9 +109,9 @@ class PerLevel(nn.Module):
         super().__init__()
         self.levels, self.table = levels, nn.Parameter(torch.zeros(len(levels), 2))
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         scale, shift = self.table[torch.searchsorted(self.levels, sigma)].unbind(1)
-        return column(scale) * x_t + column(shift)
+        return column(scale) * x_t + column(shift), []
 
 
 class Noise:
@@ -148,7 +148,7 @@ def trained_phase(naive):
             optimizers[0].zero_grad()
             phased_dmd.student_loss(x_s, grad).backward()
             optimizers[0].step()
-        v, x_s = fake(x_t.detach(), sigma, COND), x_s.detach()
+        (v, _), x_s = fake(x_t.detach(), sigma, COND), x_s.detach()
         loss = F.mse_loss(v, noise - x_s) if naive else phased_dmd.flow_loss(v, x_s, noise, sigma, s)
         optimizers[1].zero_grad()
         loss.backward()
@@ -188,9 +188,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.value, self.calls = nn.Parameter(torch.tensor(value)), []
 
-    def forward(self, x_t, sigma, cond):
+    def forward(self, x_t, sigma, cond, blocks=()):
         self.calls.append((sigma[0].item(), torch.is_grad_enabled()))
-        return (x_t - self.value) / column(sigma)
+        return (x_t - self.value) / column(sigma), []
 
 
 def test_rollout_goes_by_euler_steps_through_the_experts():

@@ -37,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import TRAINED
-from models.classes import family_of
+from models.folders import family_of
+from models.latents import latent_shape
 from models.presets import PRESETS, TINY_WORLD, name_of
 from training.flags import one_line_errors, parse_args
 
@@ -61,11 +62,11 @@ class Described(common.Model):
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
-        self.family = family_of(PRESETS[teacher].kind, teacher)
+        self.family = family_of(PRESETS[teacher].family)
         with torch.device("meta"):
             self.config = dict(self.family.transformer_class.from_config(PRESETS[teacher].config).config)
         vae = {"scale_factor_spatial": 16} if self.config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
-        self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
+        self.latent_shape, self.patch = latent_shape(self.config, vae, *self.size)
         self.text_length, self.text_dim = 512, self.config[self.family.text_dim]
         self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.index = {"boundary_ratio": 0.9 if self.conditions else 0.875}  # Wan 2.2 A14B's

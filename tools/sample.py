@@ -72,7 +72,7 @@ def first_frames(image, model, count):
     if bool(model.conditions) != bool(image):
         raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --image")
     if image and image.is_dir():
-        return find_images(image, count, *model.size[1:])
+        return find_images(image, count)
     tell_cropped([image] if image else [], *model.size[1:])
     return [image] * count if image else []
 
