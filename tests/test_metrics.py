@@ -10,7 +10,7 @@ import torch
 
 from evaluation.proxies import vendi_score
 from tiny import world as tiny
-from training.media import CLIP_GAP, draw_sheet, write_mp4
+from training.media import GAP, LABEL_WIDTH, draw_sheet, write_mp4
 from training.metrics import frame_difference, pairwise_rms, preview_metrics, saturation
 
 
@@ -132,7 +132,8 @@ def test_mp4_refuses_and_keeps_what_was_there(tmp_path, video):
 def test_contact_sheet():
     """Its last frame is the last one of the clip, each pixel an exact 2 x 2 block; large frames are shrunk."""
     video = noise(3, 9, 32, 32)
-    last = np.array(draw_sheet([("red", [video])]))[CLIP_GAP : CLIP_GAP + 64, -CLIP_GAP - 64 : -CLIP_GAP]
+    left = LABEL_WIDTH + 3 * 2 * (32 + 1)  # after three frames with a white column each
+    last = np.array(draw_sheet([("red", [video])]))[:64, left : left + 64]
     expected = (video[:, -1] * 255).round().byte().movedim(0, -1).numpy()
     assert (last == expected.repeat(2, axis=0).repeat(2, axis=1)).all()
-    assert draw_sheet([("", [torch.zeros(3, 2, 480, 832)])]).height == 128 + 2 * CLIP_GAP
+    assert draw_sheet([("", [torch.zeros(3, 2, 480, 832)])]).height == 128 + GAP
