@@ -8,7 +8,7 @@ import torch
 import dmd
 from models.presets import PRESETS
 from tests.exact import COND, Gaussian, Grid, ScaleShift, draws
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 
 def test_student_loss_has_the_gradient_it_is_given():
@@ -144,8 +144,8 @@ def test_fake_score_loss_is_least_at_the_exact_velocity():
 
 def test_recipes_name_real_arguments():
     for teacher in PRESETS:
-        args = with_recipe(dmd.Args, dmd.RECIPES, teacher=teacher, seed=7)
+        args = recipe_args(dmd.Args, teacher=teacher, seed=7)
         assert args.teacher == teacher and args.seed == 7
-    assert with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny").frames == 9
-    assert with_recipe(dmd.Args, dmd.RECIPES, teacher="tiny", frames=5).frames == 5
-    assert math.isclose(with_recipe(dmd.Args, dmd.RECIPES, teacher="wan2.1-1.3b").lr, 2e-6)
+    assert recipe_args(dmd.Args, teacher="tiny").frames == 9
+    assert recipe_args(dmd.Args, teacher="tiny", frames=5).frames == 5
+    assert math.isclose(recipe_args(dmd.Args, teacher="wan2.1-1.3b").lr, 2e-6)

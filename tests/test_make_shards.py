@@ -11,6 +11,7 @@ import torch
 
 import common
 import dmd2
+from models.latents import encode
 from tests.conftest import only_run, small_args
 from tests.ranks import on_ranks
 from tiny import world as tiny
@@ -94,7 +95,7 @@ def test_shards_hold_the_clips_and_train(clips, tmp_path):
     device, model = common.init_distributed(), common.Model("tiny", 9, 32, 32)
     made = shards(out)
     assert made.prompts == captions
-    latents = common.encode(model.load_vae(device), videos)
+    latents = encode(model.load_vae(device), videos)
     error = (made.latents_of(range(3)) - latents).square().mean().sqrt()
     assert error < 0.2 * latents.square().mean().sqrt()  # what H.264 does to a clip
     text = common.encode_text(model, captions, tmp_path / "cache", device)
