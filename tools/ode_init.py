@@ -14,42 +14,34 @@ dmd.py's, and those of what is not here do nothing (--fake-score-lr, --student-e
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Annotated
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from pydantic import NonNegativeFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 import common
 import dmd
-import dmd2
-from dmd2 import add_noise, predict_x0, sample_student  # noqa: F401  (evidence.py and eval_vbench.py sample with it)
+from dmd2 import add_noise, noise_levels, predict_x0, sample_student, sample_teacher  # noqa: F401  (finished.py's)
 from training.files import UserError
-from training.flags import launch
+from training.flags import Levels, launch
 from training.preview import Preview
 from training.run import Run
-from training.samples import teacher_samples
+from training.samples import solver_settings, teacher_samples
 
 
 @dataclass(kw_only=True)
 class Args(dmd.Args):
     """dmd.py's flags and their numbers, and what makes the student causal."""
 
-    frame_block: Annotated[int, Ge(1)]
+    steps: PositiveInt = 3000
+    lr: NonNegativeFloat = 5e-6
+    frame_block: PositiveInt = 3
     """Latent frames that the student makes at a time (Self-Forcing: 3)."""
-    student_sigmas: tuple[float, ...]
-    """Noise levels at which it predicts a video, the first 1."""
-
-
-RECIPES = {  # those of dmd.py at dmd2.py's noise levels; steps and rate are ours, and only tiny's were tried
-    name: dmd.RECIPES.get(name, {})
-    | {key: row[key] for key in ("student_sigmas", "shift", "guidance_scale") if key in row}
-    | ({"frame_block": 3, "steps": 3000, "lr": 5e-6} if name == "wan2.1-1.3b" else {})
-    | ({"frame_block": 1, "steps": 1500, "num_samples": 1024} if name == "tiny" else {})
-    for name, row in dmd2.RECIPES.items()
-}
+    student_sigmas: Levels = (1.0, 0.9, 0.757, 0.522)
+    """Noise levels at which it predicts a video, the first .99 to 1."""
 
 
 def regression_loss(student, x_t, sigma, cond, x0):
@@ -62,36 +54,36 @@ def regression_loss(student, x_t, sigma, cond, x0):
 
 
 def main(args):
-    # setup
     if args.lora_rank or args.fake_lora_rank:
         raise UserError("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
-    run = Run(__file__, args)
+    device = common.init_distributed()
+    run = Run(__file__, args, device)
     model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
-    dmd2.check(SimpleNamespace(**vars(args), gan_weight=0.0, discriminator_blocks=()), model)  # no discriminator here
-    data = common.load_data(model, args.prompts, args.data, run.cache, run.device, args.seed, args.images)
-    null_cond = common.encode_text(model, [model.negative_prompt], run.cache, run.device).cond_of([0])
-    teacher = model.load_network("teacher", run.device)
-    student = model.load_network("student", run.device, args.frame_block)
-    ema = model.load_network("ema", run.device, args.frame_block) if args.ema_decay else student
+    model.check(args.frame_block, blocks=())
+    data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
+    null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
+    teacher = model.load_network("teacher", device)
+    student = model.load_network("student", device, args.frame_block)
+    ema = model.load_network("ema", device, args.frame_block) if args.ema_decay else student
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     networks = {"student": student} | ({"ema": ema} if args.ema_decay else {})
 
-    settings = (args.guidance_scale, args.shift, args.pair_steps)
-    solve = lambda noise, cond: dmd2.solve_ode(teacher, noise, cond, null_cond, *settings)
+    pair_args = replace(args, teacher_steps=args.pair_steps)
     if args.pairs:
-        pairs = common.Shards(args.pairs, model, run.device, args.seed, ("latents", "noise"), settings)
+        pairs = common.Shards(args.pairs, model, device, args.seed, ("latents", "noise"), solver_settings(pair_args))
     else:
-        pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings)
-    run.restore(networks, {"student": optimizer})
+        pairs = teacher_samples(run, data, partial(sample_teacher, teacher, null_cond, shape, pair_args), pair_args)
+    run.load(networks, {"student": optimizer})
+    run.open()
     preview = Preview(run, model, data, args.preview_prompts, args.preview_seeds, args.batch_size)
-    levels = torch.tensor(args.student_sigmas, device=run.device)
+    levels = torch.tensor(args.student_sigmas, device=device)
 
     for step in range(run.step, args.steps + 1):
         done = step == args.steps
         if args.preview_every and (done or step % args.preview_every == 0):
-            preview.write(step, lambda rng, cond: sample_student([ema], rng, cond, shape, args))
+            preview.write(step, partial(sample_student, [ema], shape, args))
         stop = run.stop_signal()
         if step > run.step and (done or stop or step % args.save_every == 0):
             run.save(step, networks, {"student": optimizer}, students=[ema])
@@ -117,4 +109,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, RECIPES)
+    launch(main, Args)
