@@ -1,7 +1,7 @@
 # make demo   dmd2.py, then dfd.py on the tiny teacher; a table and their clips beside data and teacher
 # make test   format and lint checks, then the tests that take minutes; make test-all runs all of them
 # make site   the docs as a static site in site/, to be opened without a network
-# make vbench-env   .venv-vbench with VBench 0.1.5 and its own pins, for eval_vbench.py; says which dimensions cannot run
+# make vbench-env   .venv-vbench with VBench 0.1.5 and its own pins, for eval_vbench.py
 # The first two make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.
 PYTHON ?= python3.11
 BIN = .venv/bin
@@ -41,17 +41,9 @@ format: .venv/installed
 # VBench wants numpy < 2 and transformers 4.33.2, so it lives apart; torch 2.5 is the last to unpickle weights by default.
 # Four dimensions need detectron2, which has no wheels: it is compiled from source where that is possible.
 DETECTRON2 ?= git+https://github.com/facebookresearch/detectron2.git
-DIMENSIONS = subject_consistency background_consistency temporal_flickering motion_smoothness dynamic_degree \
-  aesthetic_quality imaging_quality object_class multiple_objects human_action color spatial_relationship scene \
-  appearance_style temporal_style overall_consistency
 
 vbench-env:
 	$(PYTHON) -m venv .venv-vbench
 	.venv-vbench/bin/pip install --quiet --disable-pip-version-check --no-compile \
 	  vbench==0.1.5 "numpy<2" transformers==4.33.2 torch==2.5.1 torchvision==0.20.1
 	-.venv-vbench/bin/pip install --quiet --disable-pip-version-check --no-build-isolation "$(DETECTRON2)"
-	@for dimension in $(DIMENSIONS); do \
-	  reason=$$(.venv-vbench/bin/python -W ignore -c "import vbench.$$dimension" 2>&1 | grep -v "^$$" | tail -n 1); \
-	  .venv-vbench/bin/python -W ignore -c "import vbench.$$dimension" 2> /dev/null \
-	    && echo "$$dimension: importable" || echo "$$dimension: cannot run: $$reason"; \
-	done

@@ -1,7 +1,8 @@
 """Model loading and data: all that the scripts share. No loss, sampler or schedule is in this file.
 
-A network is called `v = network(x_t, sigma, cond)`, see models/. Every random draw and every sample read is a
-function of (seed, sample number), so a run has no hidden state: it resumes exactly, at any number of processes.
+A network is called `v, features = network(x_t, sigma, cond, blocks)`, see models/. Every random draw and every sample
+read is a function of (seed, sample number), so a run has no hidden state: it resumes exactly, at any number of
+processes.
 """
 
 import os
@@ -22,9 +23,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather
 
 from models.adapters import Adapted, add_adapters
-from models.folders import teacher_folder
+from models.folders import causal, family_of, teacher_folder
 from models.images import find_images
-from models.presets import TINY_FPS, TINY_WORLD, kind_of, name_of
+from models.latents import latent_shape
+from models.presets import TINY_FPS, TINY_WORLD, family_name, name_of
 from models.text import encoded_prompts
 from training.files import UserError, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
 
@@ -57,18 +59,16 @@ class Model:
     """
 
     def __init__(self, teacher, frames, height, width, compute=None):
-        from models.classes import family_of
-
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size = teacher, teacher_folder(teacher), (frames, height, width)
         self.config = read_json(self.folder / "transformer" / "config.json")
         self.index = read_json(self.folder / "model_index.json")
-        self.family = family_of(kind_of(self.folder, teacher), self.folder, self.index)
+        self.family = family_of(family_name(self.folder, teacher))
         with readable(f"the configs in {self.folder}"):
             self.text_length, self.text_dim = self.family.text_length(self.folder), self.config[self.family.text_dim]
             vae = read_json(self.folder / "vae" / "config.json")
-            self.latent_shape, self.patch = self.family.shapes(self.config, vae, *self.size)
+            self.latent_shape, self.patch = latent_shape(self.config, vae, *self.size)
             self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = name_of(teacher) in TINY_WORLD
         self.fps = TINY_FPS if self.world else self.family.fps
@@ -76,8 +76,6 @@ class Model:
 
     def network_class(self, frame_block=0):
         """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
-        from models.classes import causal
-
         return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
 
     def check(self, frame_block, blocks):
@@ -353,7 +351,7 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
     if model.conditions and not images:
         raise UserError(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")
-    images = find_images(images, len(prompts), *model.size[1:]) if images else ()
+    images = find_images(images, len(prompts)) if images else ()
     return encode_text(model, prompts, cache, device, images, seed)  # no clips
 
 

@@ -1,55 +1,42 @@
-"""VBench (Huang et al. 2023, arXiv 2311.17982) of a student or its teacher, beside metrics that need no weights.
+"""VBench (Huang et al. 2023, arXiv 2311.17982) of a run's student or its teacher, beside metrics that need no weights.
 
     python eval_vbench.py all --checkpoint runs/dmd2__tiny__0__… --out eval/student     # 12 captions of the tiny world
-    torchrun --nproc_per_node=8 eval_vbench.py generate --checkpoint RUN --vbench-info vbench-0.1.5-….whl --out DIR
-    python eval_vbench.py score --out DIR && python eval_vbench.py report --out DIR --compare TEACHER_DIR
+    torchrun --nproc_per_node=8 eval_vbench.py generate --checkpoint RUN --out eval/student
+    torchrun --nproc_per_node=8 eval_vbench.py score --out eval/student
+    python eval_vbench.py report --out eval/student --compare eval/teacher
 
-generate samples 5 videos of each prompt, score runs VBench in its own environment (make vbench-env) and our metrics,
-report writes results.json, results.md and contact sheets. Each step can be killed and started again. A number is
-VBench's own or it is not there; a set that is not complete has no totals. Protocol, files and caveats:
-docs/eval_vbench.md. What the steps are made of is in evaluation/: folder.py (files and what does not belong),
-sampling.py, proxies.py (metrics that are ours), vbench.py (what VBench fixes, and its scorer), report.py, ledger.py.
+generate samples 5 clips of each of VBench's prompts, score measures them with the vbench package in its own environment
+(make vbench-env) and with metrics of our own, report writes results.json and results.md. A step that was stopped is
+started again by the same command: clips and scores that are there are kept. See docs/eval_vbench.md.
 """
 
 import json
-import os
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-from annotated_types import Ge, Le
+from annotated_types import Ge
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 import common
 import dmd2
-from evaluation import vbench
-from evaluation.folder import (
-    files_of,
-    find_videos,
-    is_done,
-    manifest,
-    open_folder,
-    read_record,
-    read_video,
-    select,
-)
-from evaluation.ledger import Ledger, write_json, write_text
-from evaluation.proxies import feature_diversity, feature_model, measure, temporal_flickering
-from evaluation.report import collect, markdown, summary
-from evaluation.sampling import Noise, Source, conditions, configuration, sampler
+from evaluation import proxies, vbench
 from models.images import find_images
+from models.latents import decode
 from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
-from training.checkpoints import check_checkpoint
-from training.files import UserError, make_folder, read_json, stamps
-from training.finished import load_run, student_folders
-from training.flags import check_flags, one_line_errors, with_recipe
-from training.media import contact_sheet, write_video
-from training.run import git_revision
+from training.files import UserError, hashed, read_json, read_prompts, stamps, written_aside
+from training.finished import load_run, student_sampler, teacher_sampler
+from training.flags import one_line_errors
+from training.media import h264_options, read_video, write_video
+from training.run import check_shared
 
 
 @dataclass
@@ -57,359 +44,272 @@ class Args:
     command: tyro.conf.Positional[Literal["generate", "score", "report", "all"]]
     """What to do; all does the three in turn."""
     out: Path
-    """Folder of one evaluation: videos/, manifest.jsonl, config.json, scores/, results.json, results.md, sheets/."""
-    checkpoint: str | None = None
+    """Folder of one evaluation: videos/, config.json, scores/, results.json, results.md."""
+    checkpoint: str = ""
     """Run folder (its newest checkpoint) or checkpoint folder of any script. RUN:raw samples the student itself where
-    the export is its average. For a teacher it only says which teacher, and with which settings."""
+    the export is its average."""
     role: Literal["student", "teacher"] = "student"
-    """Sample the student by its script's rollout, or the teacher by its ODE with guidance."""
+    """Sample the run's student, or its teacher with the run's guidance, shift and --teacher-steps."""
     teacher: str | None = None
-    """The teacher (see dmd2.py) instead of the run's: its text encoder and VAE, and with --role teacher its network."""
-    guidance_scale: Annotated[float | None, Ge(0)] = None
-    """Teacher's guidance instead of the run's, or without a run the recipe's; so are the next five."""
-    shift: Annotated[float | None, Ge(1)] = None
-    """Shift of the teacher's noise levels."""
-    teacher_steps: Annotated[int | None, Ge(1)] = None
-    """Euler steps of the teacher."""
-    frames: int | None = None
-    """Frames of the video; a causal student (--frame-block) can make more than it was trained with."""
+    """The run's teacher where it is now, a folder or a name."""
+    frames: Annotated[int, Ge(1)] | None = None
+    """Frames of the video instead of the run's; a causal student (--frame-block) can make more."""
+    height: Annotated[int, Ge(1)] | None = None
+    """Height in pixels instead of the run's."""
+    width: Annotated[int, Ge(1)] | None = None
+    """Width in pixels instead of the run's."""
     kept_frames: Annotated[int, Ge(0)] = 0
     """Latent frames before a block that a causal student reads, in whole blocks; 0 for all. For longer videos: those of
     training, less a block."""
-    height: int | None = None
-    """Height in pixels."""
-    width: int | None = None
-    """Width in pixels."""
 
     prompts: str | None = None
-    """Text file with one prompt per line instead of VBench's list; VBench is not run and there are no totals."""
-    vbench_info: str | None = None
-    """VBench_full_info.json, or a wheel of the vbench package that holds it. Else the installed package's, here or in
-    --vbench-python's environment. The tiny teacher has 12 captions of its world unless this or --prompts is given."""
+    """Text file with one prompt per line instead of VBench's list; only our own metrics are of them. The tiny teacher
+    has 12 captions of its world unless this or --vbench-info is given."""
+    vbench_info: Path | None = None
+    """VBench_full_info.json, which has the prompts, instead of the installed package's."""
+    gen_prompts: str | None = None
+    """Text file with what to feed the model for each entry of the list, one per line (augmented prompts). Files keep
+    the name of the original prompt; one that is in the list twice is fed the words of its first entry."""
     images: str | None = None
     """Folder of the first frames of the list for an image-to-video teacher: that of entry n, from 1, is named n."""
-    gen_prompts: str | None = None
-    """Text file with what to feed the model for each entry of the list, one per line, in its order (augmented prompts).
-    Files keep the original prompt's name."""
-    samples: Annotated[int, Ge(1), Le(100_000)] = 5
-    """Samples of each prompt; VBench wants 5. With more than 100000, seeds would repeat."""
+    samples: Annotated[int, Ge(1)] = vbench.SAMPLES
+    """Samples of each prompt; VBench wants 5."""
     seed: Annotated[int, Ge(0)] = 0
-    """Base seed: sample j of entry i has seed base + 100000 i + j, on any number of processes."""
+    """Sample j of entry i has seed SEED + 100000 i + j."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Samples of one prompt in a forward."""
-    dims: tuple[str, ...] = ()
-    """Only these of VBench's dimensions, and the prompts they need."""
+    dims: tuple[Literal[tuple(vbench.DIMENSIONS)], ...] = ()
+    """Only these of VBench's dimensions, and the prompts that they read."""
     limit: Annotated[int, Ge(0)] = 0
-    """Only the first prompts of the list; 0 for all."""
+    """Generate only the first of those prompts, this many; 0 for all."""
     cache: str = "runs/cache"
     """Folder for text embeddings."""
 
-    allow_partial: bool = False
-    """Score a set that is not complete. Everything is then marked PARTIAL and there are no totals."""
-    vbench_python: str | None = None
-    """Python of VBench's environment; .venv-vbench/bin/python if that is there."""
-    download_weights: bool = False
-    """Let VBench download the weights it lacks. Else a dimension that lacks some is not run, and says which."""
-    features: Literal["none", "dinov2", "clip"] = "none"
-    """Also the diversity of image features, 1 - mean pairwise cosine over the samples of a prompt."""
-    features_folder: str | None = None
-    """Local folder of that model in the transformers layout, safetensors only."""
+    vbench_env: Path = Path(__file__).parent / ".venv-vbench"
+    """Environment in which the vbench package is installed."""
     compare: Path | None = None
-    """Another --out folder with the same prompts, the teacher's as a rule: a column, and clips on contact sheets."""
-    sheets: Annotated[int, Ge(0)] = 8
-    """Contact sheets to write, of the first prompts."""
+    """Another --out folder with the same prompts, the teacher's as a rule, for a second column in the report."""
 
 
-# ------------------------------------------------------------------------------------------------- flags and prompts
-
-
-def check(args):
-    """One line for the first flag that cannot work, before anything is read."""
-    check_flags(args)
-    if unknown := [name for name in args.dims if name not in vbench.DIMENSIONS]:
-        raise UserError(f"--dims: no dimension {unknown[0]!r}; there are {', '.join(vbench.DIMENSIONS)}")
-    if args.prompts and (args.vbench_info or args.dims):
-        raise UserError("--prompts is a list of its own: leave out --vbench-info and --dims")
-    if args.limit and not args.allow_partial and args.command != "generate":
-        raise UserError("--limit makes a partial set, which has no totals: add --allow-partial")
-    if (args.features != "none") != bool(args.features_folder):
-        raise UserError("--features and --features-folder go together")
-    if args.features != "none" and args.command in ("score", "all"):
-        kind = read_json(Path(args.features_folder) / "config.json").get("model_type")
-        if kind != args.features:
-            raise UserError(f"{args.features_folder} holds a model of type {kind!r}, not {args.features}")
-    if args.vbench_python and not Path(args.vbench_python).is_file():
-        raise UserError(f"--vbench-python: no such file {args.vbench_python}; make vbench-env builds one")
-    if args.vbench_python and not os.access(args.vbench_python, os.X_OK):
-        raise UserError(f"--vbench-python: {args.vbench_python} is no program; make vbench-env builds one")
-    if args.compare and not (args.compare / "config.json").is_file():
-        raise UserError(f"--compare: {args.compare} is not an evaluation (no config.json)")
-    if args.command in ("score", "report") and not (args.out / "config.json").is_file():
-        raise UserError(f"{args.out} holds no videos (no config.json): run generate first")
-    if args.command in ("generate", "all") and not args.checkpoint and (args.role == "student" or not args.teacher):
-        raise UserError("--checkpoint RUN is missing (a teacher alone: --role teacher --teacher NAME)")
-
-
-def vbench_python(args):
-    """Python of VBench's environment, or None."""
-    default = Path(__file__).resolve().parent / ".venv-vbench/bin/python"
-    # not resolved: a virtual environment's python is a link
-    return os.path.abspath(args.vbench_python) if args.vbench_python else (str(default) if default.is_file() else None)
-
-
-def read_prompt_list(args, teacher):
-    """The prompt list, [{"prompt", "fed", "dimensions"}], `fed` being what the model gets; its id if it is VBench's."""
-    if args.prompts or (name_of(teacher) in TINY_WORLD and not args.vbench_info):
-        if args.dims:
-            raise UserError("--dims needs VBench's list, and the tiny teacher's is its captions: pass --vbench-info")
-        prompts = common.read_prompts(args.prompts) if args.prompts else tiny.EXAMPLES
-        if (args.images or args.gen_prompts) and len(set(prompts)) < len(prompts):
-            twice = max(prompts, key=prompts.count)
-            raise UserError(
-                f"{args.prompts} has {twice!r} twice: files are named after prompts, so each has one image or words"
-            )
-        entries, list_id = [{"prompt": prompt, "dimensions": []} for prompt in prompts], None
-    else:
-        text, source = vbench.find_info(args.vbench_info, vbench_python(args))
-        if text is None:
-            raise UserError(f"VBench's prompts are not here: {source}")
-        entries = vbench.read_entries(text, source)
-        list_id = vbench.entries_id(entries)
-    fed = common.read_prompts(args.gen_prompts) if args.gen_prompts else [entry["prompt"] for entry in entries]
-    if len(fed) != len(entries):
-        raise UserError(f"{args.gen_prompts} has {len(fed)} lines, the list has {len(entries)} entries")
-    return [entry | {"fed": words} for entry, words in zip(entries, fed)], list_id
+def write_json(path, value):
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- generate
 
 
-def source_of(args):
-    """What is to be sampled: the student or the teacher of a run, or a teacher alone with dmd2.py's recipe."""
-    raw = args.role == "student" and args.checkpoint.endswith(":raw")
-    if args.checkpoint:
-        script, run_args, checkpoint = load_run(args.checkpoint)
-        check_checkpoint(checkpoint)
+def read_entries(args, teacher):
+    """The list of prompts, [(prompt, VBench's dimensions that read it)], and what the model gets for each."""
+    if args.prompts:
+        entries = [(prompt, []) for prompt in read_prompts(args.prompts)]
+    elif name_of(teacher) in TINY_WORLD and not args.vbench_info:
+        entries = [(prompt, []) for prompt in tiny.EXAMPLES]
     else:
-        script, run_args, checkpoint = dmd2, with_recipe(dmd2.Args, dmd2.RECIPES, teacher=args.teacher), None
-    if args.role == "student":
-        student_folders(script, run_args, checkpoint)  # one line unless all phases are trained
-    names = ("teacher", "guidance_scale", "shift", "teacher_steps", "frames", "height", "width")
-    flags = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
-        raise UserError("--kept-frames is for a causal student, a run with --frame-block")
-    return Source(args.role, script, replace(run_args, **flags), checkpoint, raw, args.kept_frames)
+        entries = vbench.read_info(args.vbench_info or vbench.find_info(args.vbench_env))
+    fed = read_prompts(args.gen_prompts) if args.gen_prompts else [prompt for prompt, _ in entries]
+    if len(fed) != len(entries):
+        raise UserError(f"{args.gen_prompts} has {len(fed)} lines, the list has {len(entries)} entries")
+    return entries, fed
+
+
+def open_folder(out, config):
+    """Make the folder of an evaluation, on rank 0; one line if it holds clips of another configuration."""
+    path, videos = out / "config.json", out / "videos"
+    before = read_json(path) if path.is_file() else {} if any(videos.glob("*")) else config
+    if differ := sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key)):
+        raise UserError(f"{out} holds clips of other settings ({', '.join(differ)}): use another --out")
+    videos.mkdir(parents=True, exist_ok=True)
+    for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    write_json(path, config)
+
+
+class SeededRNG(common.SampleRNG):
+    """What a sampler draws from: sample k's numbers come from a generator on the CPU with seed seeds[k]."""
+
+    def __init__(self, seeds, device):
+        self.generators, self.device = [torch.Generator().manual_seed(seed) for seed in seeds], device
+
+    def normal(self, shape):
+        return super().normal(shape).to(self.device)
 
 
 @torch.no_grad()
-def generate(args):
-    """Sample what is missing, every rank its share. A chunk, the samples of one forward, is a function of the list
-    alone, so neither the number of processes nor a restart changes a bit of a video (on one kind of device).
+def generate(args, device):
+    """Sample the clips that are not there, every rank its share. A chunk, the samples of one forward, is a function of
+    the list alone, so neither the number of processes nor a restart changes a clip (on one kind of device).
     """
-    source = source_of(args)
-    make_folder(args.cache, hint="; see --cache")
-    entries, list_id = read_prompt_list(args, source.args.teacher)
-    items = vbench.distinct(entries, args.samples)
-    device = common.init_distributed()
+    script, run_args, checkpoint = load_run(args.checkpoint)
+    own = {name: vars(args)[name] for name in ("teacher", "frames", "height", "width")}
+    run_args = replace(run_args, **{name: value for name, value in own.items() if value is not None})
+    if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
+        raise UserError("--kept-frames is for a causal student, a run with --frame-block")
+    model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
+    entries, fed = read_entries(args, run_args.teacher)
+    if bool(args.images) != bool(model.conditions):
+        raise UserError(f"{model.name} {'begins with' if model.conditions else 'takes no'} images: see --images")
+    images = find_images(args.images, len(entries)) if args.images else []
+    items, raw = vbench.items_of(entries, fed), args.checkpoint.endswith(":raw")
+    weights = [path for folder in (checkpoint, model.folder) for path in sorted(folder.rglob("*.safetensors"))]
+    config = asdict(run_args) | {
+        "script": script.__name__, "checkpoint": checkpoint.name, "weights": f"{hashed(stamps(weights)):x}",
+        "role": args.role, "raw": raw, "kept_frames": args.kept_frames, "teacher": name_of(run_args.teacher),
+        "negative_prompt": model.negative_prompt, "seed": args.seed, "samples": args.samples,
+        "batch_size": args.batch_size, "device": device.type, "fps": model.fps, "video": h264_options(*model.size[1:]),
+        "suffix": ".mp4" if run_args.frames > 1 else ".png", "prompts": items, "images": f"{hashed(stamps(images)):x}",
+    }  # fmt: skip
+    config = json.loads(json.dumps(config, default=str))
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = common.Model(source.args.teacher, source.args.frames, source.args.height, source.args.width)
-    config = [configuration(source, model) if rank == 0 else None]
-    dist.broadcast_object_list(config)
-    if args.images and not model.conditions:
-        raise UserError("--images is for an image-to-video teacher")
-    if list_id and model.size[0] == 1:
-        raise UserError("VBench's list is for videos: give --prompts, as this teacher makes images")
-    for item in items if model.size[0] == 1 else ():
-        item["files"] = [f"{file.removesuffix('.mp4')}.png" for file in item["files"]]
-    images = find_images(args.images, len(entries), *model.size[1:]) if args.images else []
-    config = config[0] | ({"images": vbench.short_hash(stamps(images))} if images else {}) | {
-        "seed": args.seed, "samples": args.samples, "batch_size": args.batch_size, "device": device.type,
-        "prompts": vbench.short_hash([(item["entry"], item["prompt"], item["fed"]) for item in items]),
-    }  # fmt: skip
-    compared(args, config)
-    record = {
-        "hash": vbench.short_hash(config), "config": config, "vbench_list": list_id, "items": items,
-        "checkpoint_path": str(source.checkpoint), "revision": git_revision().split("\n")[0],
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "av")},
-    }  # fmt: skip
-    rows = open_folder(args.out, record) if rank == 0 else {}
-    dist.barrier()
-    rows, book = rows or manifest(args.out).rows(), manifest(args.out)
-    dist.barrier()
-
-    def missing(item, chunk):
-        return [j for j in chunk if not is_done(args.out, rows.get(item["files"][j]), record["hash"])]
-
-    wanted, starts = select(items, args.dims, args.limit), range(0, args.samples, args.batch_size)
-    chunks = [(item, range(j, min(j + args.batch_size, args.samples))) for item in wanted for j in starts]
-    mine = [(item, chunk) for item, chunk in chunks[rank::world] if missing(item, chunk)]
-    rounds = torch.tensor(len(mine))
-    dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    if not rounds:
-        return
-    given = [images[item["entry"]] for item in items] if images else []
-    cond_of = conditions(model, [item["fed"] for item in items], given, args.cache, device)
-    row_of = {item["entry"]: row for row, item in enumerate(items)}
-    sample, vae = sampler(source, model, args.cache, device), model.load_vae(device)
-
-    with tqdm(range(int(rounds)), desc="generate", disable=rank > 0) as bar:
-        for i in bar:
-            # sharded networks run in step on all ranks: who has nothing left makes a chunk again and drops it
-            item, chunk = mine[i] if i < len(mine) else chunks[0]
-            seeds = [args.seed + 100_000 * item["entry"] + j for j in chunk]
-            latents = sample(Noise(seeds, device), cond_of([row_of[item["entry"]]] * len(chunk)))
-            for j in missing(item, chunk) if i < len(mine) else []:
-                video, file = common.decode(vae, latents[j - chunk[0], None])[0].cpu(), item["files"][j]
-                try:
-                    write_video(args.out / "videos" / file, video, model.fps)
-                except (OSError, ValueError, RuntimeError) as error:
-                    raise UserError(f"cannot write {file!r} (entry {item['entry']}): {error}", 1, alone=True) from None
-                book.append({
-                    "file": file, "entry": item["entry"], "sample": j, "prompt": item["prompt"], "fed": item["fed"],
-                    "seed": seeds[j - chunk[0]], "bytes": (args.out / "videos" / file).stat().st_size,
-                    "config": record["hash"],
-                    **{key: config[key] for key in ("checkpoint", "sigmas", "nfe", "text_encoder", "video", "fps")},
-                })  # fmt: skip
-    dist.barrier()
     if rank == 0:
-        book.merge()
+        open_folder(args.out, config)
     dist.barrier()
+    check_shared(args.out)
+
+    files = lambda item, chunk: [args.out / "videos" / file_of(config, item, j) for j in chunk]
+    chunks = [range(j, min(j + args.batch_size, args.samples)) for j in range(0, args.samples, args.batch_size)]
+    wanted = [(item, chunk) for item in vbench.select(items, args.dims, args.limit) for chunk in chunks]
+    missing = [(item, chunk) for item, chunk in wanted if not all(path.is_file() for path in files(item, chunk))]
+    dist.barrier()  # nobody writes before all have looked
+    if not missing:
+        return
+    cond_of = common.encode_text(model, fed, args.cache, device, images).cond_of
+    if args.role == "student":
+        sample = student_sampler(model, device, script, run_args, checkpoint, raw, args.kept_frames)
+    else:
+        sample = teacher_sampler(model, device, run_args, args.cache, dmd2.sample_teacher)
+    vae = model.load_vae(device)
+    for turn in tqdm(range(math.ceil(len(missing) / world)), desc="generate", disable=rank > 0):
+        # sharded networks run in step on all ranks: who has nothing left makes a chunk again
+        item, chunk = missing[(turn * world + rank) % len(missing)]
+        seeds = [args.seed + 100_000 * item["entry"] + j for j in chunk]
+        latents = sample(SeededRNG(seeds, device), cond_of([item["entry"]] * len(chunk)))
+        for path, x0 in zip(files(item, chunk), latents.split(1)):
+            if not path.is_file():
+                write_video(path, decode(vae, x0)[0].cpu(), model.fps)
+    dist.barrier()
+
+
+def file_of(config, item, sample):
+    return vbench.file_name(item["prompt"], sample, config["suffix"])
 
 
 # ------------------------------------------------------------------------------------------------------------ score
 
 
-def own_metrics(args, record, videos):
-    """Our metrics of every prompt whose row is not there yet, into scores/proxies.jsonl, every rank its share."""
-    device = common.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    make_folder(args.out / "scores", hint="; see --out")
-    book = Ledger(args.out / "scores", "proxies", "prompt", lambda row: row["entry"])
-    extract = feature_model(args.features, args.features_folder, device) if args.features != "none" else None
-    if rank == 0:
-        book.merge()
-    dist.barrier()
-    rows = book.rows()
-    dist.barrier()
-    with tqdm(videos.items[rank::world], desc="metrics", disable=rank > 0) as bar:
-        for item in bar:
-            files = {file: videos.files[file] for file in item["files"] if file in videos.files}
-            old = rows.get(item["prompt"], {"files": None, "values": {}})
-            wanted = f"diversity_{args.features}"
-            if not files or (old["files"] == files and (extract is None or wanted in old["values"] or len(files) < 2)):
-                continue
-            clips = [read_video(args.out / "videos" / file) for file in files]
-            for file, clip in zip(files, clips):
-                if clip.shape[1] != record["config"]["frames"]:
-                    short = f"{file!r} has {clip.shape[1]} of {record['config']['frames']} frames"
-                    raise UserError(f"{short}: delete it and generate it again", code=1, alone=True)
-            clips = torch.stack(clips)
-            values = old["values"] if old["files"] == files else measure(clips, record["config"]["fps"])
-            if extract and len(clips) > 1:
-                values[wanted] = feature_diversity(extract(clips))
-            flicker = [temporal_flickering(clip) for clip in clips]
-            row = {"prompt": item["prompt"], "entry": item["entry"], "files": files, "values": values}
-            book.append(row | {"flicker": flicker})
-    dist.barrier()
-    if rank == 0:
-        book.merge()
-    dist.barrier()
+def clips_of(config, dimension=None):
+    """{prompt: names of its clips}; of a dimension the prompts and the five clips of each that VBench reads."""
+    items = [item for item in config["prompts"] if dimension is None or dimension in item["dimensions"]]
+    samples = vbench.SAMPLES if dimension else config["samples"]
+    return {item["prompt"]: [file_of(config, item, j) for j in range(samples)] for item in items}
 
 
-def score(args):
-    """Our metrics, then VBench's dimensions in turn, each into scores/<dimension>.json. Returns the rejected ones."""
-    record = read_record(args.out)
-    videos = find_videos(args.out, record, args.dims, args.limit, args.allow_partial)
-    common.init_distributed()
-    own_metrics(args, record, videos)
-    rank = dist.get_rank()
-    if dist.get_world_size() > 1:
-        dist.destroy_process_group()  # the others are done, and VBench may take longer than a collective waits
-    if rank:
-        return []
-    folder, python = args.out / "scores", vbench_python(args)
-    environment, why = None, "VBench is not installed: make vbench-env"
-    if not record["vbench_list"]:
-        why = "the prompts are not VBench's list"
-    elif python:
-        environment, why = vbench.probe(python)
-    if not why:
-        text, source = vbench.find_info(args.vbench_info, python)
-        if text is None or vbench.entries_id(vbench.read_entries(text, source)) != record["vbench_list"]:
-            raise UserError(f"the videos are of another prompt list than {source}: pass the same --vbench-info")
-        write_text(folder / "VBench_full_info.json", text)
-    rejected = []
+def found(out, clips):
+    """The names of `clips_of` whose files are there."""
+    there = {path.name for path in (out / "videos").iterdir()}
+    return [name for names in clips.values() for name in names if name in there]
+
+
+def score_ours(args, config):
+    """Our metrics of each prompt whose clips are all there, in scores/proxies.json: {prompt: {name: value}}."""
+    path, rank, world = args.out / "scores" / "proxies.json", dist.get_rank(), dist.get_world_size()
+    clips = clips_of(config)
+    there = set(found(args.out, clips))
+    whole = {prompt: names for prompt, names in clips.items() if there.issuperset(names)}
+    if path.is_file() and list(read_json(path)) == list(whole):
+        return
+    mine, gathered = {}, [None] * world
+    for prompt in tqdm(list(whole)[rank::world], desc="metrics", disable=rank > 0):
+        videos = torch.stack([read_video(args.out / "videos" / name) for name in whole[prompt]])
+        mine[prompt] = proxies.measure(videos, config["fps"])
+    dist.all_gather_object(gathered, mine)
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = {prompt: row for part in gathered for prompt, row in part.items()}
+        write_json(path, {prompt: rows[prompt] for prompt in whole})
+
+
+def score_vbench(args, config):
+    """scores/<dimension>/ for each of VBench's dimensions that has clips."""
     for dimension in args.dims or vbench.DIMENSIONS:
-        path, files = folder / f"{dimension}.json", files_of(dimension, videos.items, videos.files)
-        of_videos = vbench.short_hash([record["hash"], sorted(files.items())])
-        old = read_json(path) if path.is_file() else {}
-        if "raw" in old and old["videos"] == of_videos:
-            continue
-        reason = why or (None if files else "none of its videos are there")
-        reason = reason or (None if args.download_weights else vbench.lacking(dimension, environment))
-        result = {"reason": reason}
-        if not reason:
-            info, work = folder / "VBench_full_info.json", folder / f".{dimension}"
-            result = vbench.run_dimension(python, dimension, info, args.out / "videos", files, work)
-        rejected += [dimension] if result.get("rejected") else []
-        write_json(path, result | {"videos": of_videos, "versions": (environment or {}).get("versions")})
-        if not reason:
-            print(f"{dimension}: {result.get('raw', 'rejected: ' + str(result.get('reason')))}", flush=True)
-    return rejected
+        out, names = args.out / "scores" / dimension, found(args.out, clips_of(config, dimension))
+        if names and "raw" not in vbench.read_score(out, dimension, names):
+            info = args.vbench_info or vbench.find_info(args.vbench_env)
+            vbench.run_dimension(args.vbench_env, dimension, info, args.out / "videos", out)
+            print(f"{dimension}: {vbench.read_score(out, dimension, names)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def compared(args, config):
-    """config.json of --compare, None without it; one line if it is of other prompts than this configuration."""
-    known = read_record(args.compare) if args.compare else None
-    if known and known["config"]["prompts"] != config["prompts"]:
-        raise UserError(f"--compare: {args.compare} is of other prompts")
-    return known
+def collect(out):
+    """All figures of an evaluation, a dict for results.json."""
+    config, dimensions, of_prompts = read_json(out / "config.json"), {}, defaultdict(list)
+    for name in vbench.DIMENSIONS:
+        clips = clips_of(config, name)
+        score = vbench.read_score(out / "scores" / name, name, found(out, clips))
+        dimensions[name] = score | {"of": sum(map(len, clips.values()))}
+    path = out / "scores" / "proxies.json"
+    for row in read_json(path).values() if path.is_file() else ():
+        for name, value in row.items():
+            of_prompts[name].append(value)
+    ours = {
+        name: {
+            "mean": statistics.mean(values), "prompts": len(values),
+            "standard_error": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        } for name, values in of_prompts.items()
+    }  # fmt: skip
+    whole = vbench.is_official(config["prompts"]) and all(row.get("clips") == row["of"] for row in dimensions.values())
+    totals = vbench.totals({name: row["raw"] for name, row in dimensions.items()}) if whole else {}
+    return {"dimensions": dimensions, "totals": totals, "ours": ours, "config": config}
+
+
+def table(columns):
+    """Markdown table of the results of evaluations, {folder: what `collect` returns}."""
+    rows = defaultdict(lambda: [""] * len(columns))
+    for i, results in enumerate(columns.values()):
+        for name, row in results["dimensions"].items():
+            if row["of"]:  # not for a list that is not VBench's
+                some = f" ({row.get('clips')} of {row['of']} clips)" if row.get("clips") != row["of"] else ""
+                rows[name][i] = f"{row['raw']:.4f}{some}" if "raw" in row else row["reason"]
+                for part in ("Quality", "Semantic", "Total"):
+                    value = results["totals"].get(part)
+                    rows[f"{part}, %"][i] = f"{value:.2f}" if value is not None else "not all clips and dimensions"
+        for name, row in results["ours"].items():
+            error = f" ± {row['standard_error']:.4f}" if row["standard_error"] is not None else ""
+            rows[f"ours: {name}"][i] = f"{row['mean']:.4f}{error} ({row['prompts']} prompts)"
+    lines = [["", *columns], ["---"] * (1 + len(columns)), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def report(args):
-    """Write results.json, results.md and contact sheets from what is there. On rank 0 alone."""
-    record = read_record(args.out)
-    which, other = (args.dims, args.limit, args.allow_partial), None
-    known = compared(args, record["config"])
-    results = collect(args.out, record, find_videos(args.out, record, *which))
-    shown = [(record["config"]["role"], args.out / "videos")]
-    if known:
-        other = collect(args.compare, known, find_videos(args.compare, known, *which))
-        shown.append((f"{known['config']['role']} (--compare)", args.compare / "videos"))
-    (args.out / "sheets").mkdir(exist_ok=True)
-    for item in select(record["items"], args.dims, args.limit)[: args.sheets]:
-        rows = []
-        for label, folder in shown:
-            clips = [read_video(folder / file) for file in item["files"][:5] if (folder / file).is_file()]
-            rows += [(f"{label}: {item['prompt']}", clips)] if clips else []
-        if rows:
-            contact_sheet(args.out / "sheets" / f"{item['entry']:04d}.png", rows, frames=8)
-    # NaN is no JSON
-    write_json(args.out / "results.json", json.loads(json.dumps(results), parse_constant=lambda _: None))
-    write_text(args.out / "results.md", markdown(results, other))
-    print(f"{summary(results, other)}\n\n{args.out / 'results.md'}, results.json and sheets/ beside it")
+    """Write results.json and results.md."""
+    columns = {folder: collect(folder) for folder in (args.out, args.compare) if folder}
+    prompts = [[item["prompt"] for item in results["config"]["prompts"]] for results in columns.values()]
+    if prompts[0] != prompts[-1]:
+        raise UserError(f"--compare: {args.compare} is of other prompts")
+    text = table(columns) + "\n"
+    if columns[args.out]["totals"]:
+        text += "\nTotals in CoDMD's paper, arXiv 2606.21982, whose prompts, seeds and encoder may differ:\n\n"
+        text += "".join(f"- {name}: {total}\n" for name, total in vbench.PUBLISHED.items())
+    write_json(args.out / "results.json", columns[args.out])
+    with written_aside(args.out / "results.md") as aside:
+        aside.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def main(args):
-    check(args)
-    rejected = []
+    device = common.init_distributed()
+    rank = dist.get_rank()
     if args.command in ("generate", "all"):
-        generate(args)
-        if dist.get_rank() == 0:
-            print(f"videos: {args.out / 'videos'}, one row each in {args.out / 'manifest.jsonl'}", flush=True)
+        generate(args, device)
     if args.command in ("score", "all"):
-        rejected = score(args)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"scores: {args.out / 'scores'}", flush=True)
-    if args.command in ("report", "all") and int(os.environ.get("RANK", 0)) == 0:
+        score_ours(args, read_json(args.out / "config.json"))
+    dist.destroy_process_group()  # the others are done, and VBench may take longer than a collective waits
+    if rank == 0 and args.command in ("score", "all"):
+        score_vbench(args, read_json(args.out / "config.json"))
+    if rank == 0 and args.command in ("report", "all"):
         report(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rejected:
-        raise UserError(f"VBench's results were rejected for {', '.join(rejected)}", code=1)
 
 
 if __name__ == "__main__":

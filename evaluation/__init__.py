@@ -1,1 +1,1 @@
-"""What eval_vbench.py is made of: VBench's constants and scorer, folder, sampling, our metrics, report, ledger."""
+"""What eval_vbench.py is made of: what VBench fixes and how its package is run, and metrics of our own."""

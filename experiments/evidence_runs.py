@@ -4,192 +4,146 @@
     python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
     python experiments/evidence_runs.py --list                       # the commands, without running them
 
-Every run is one thread, keeps no average of its student, and writes to its own folder, runs/evidence/<name>/. A run
-that has its last checkpoint is not trained again; one that was interrupted starts anew. Tables and sheets go to
-runs/evidence/table_<name>/.
+--tables are names of TABLES, all but `broken` (for docs/curves.md) unless given; what their runs start from is trained
+too. --jobs seeds are trained at a time. Every run is one thread, keeps no average of its student, and writes to its own
+folder, runs/evidence/<name>/. A run that has its last checkpoint is not trained again; one that was interrupted starts
+anew. Tables go to runs/evidence/table_<name>/.
 """
 
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
-from annotated_types import Ge
 
 from training.files import UserError
-from training.flags import check_flags, one_line_errors
+from training.flags import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-
+EVERY = (  # flags of all
+    "--ema-decay 0 --save-every 1000000 --preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25"
+)
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
-PREVIEWS, OFTEN = "--preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25", "--preview-every 5"
-I2V, CAUSAL = "--teacher tiny-i2v", "--frame-block 1"
-# name: (script, flags, name of the run to start from); each is a row of a table
+OFTEN, SIMULATE = "--preview-every 5", "--student-input simulate"
+I2V, CAUSAL, VARIANT = "--teacher tiny-i2v", "--frame-block 1", "experiments/variant.py"
+DMD2, DFD, CODMD = "dmd2.py --gan-weight 0", "dfd.py --init dmd2", "codmd.py --sample-relation 1"
+# name: (row of a table, command; --init is the name of a run that stands before)
 RUNS = {
-    "dmd2": ("dmd2.py", "--steps 500 --gan-weight 0", None),
-    "untrained": ("dmd2.py", "--steps 1 --gan-weight 0 --lr 0 --weight-decay 0", None),  # the student before it learns
-    "dmd": ("dmd.py", "--steps 500 --shift 3", None),  # budget and shift of the others, not its recipe
-    "dmd_regression": ("dmd.py", "--steps 500 --shift 3 --regression-weight .25", None),  # the paper's weight
-    "dmd_shift_1": ("dmd.py", "--steps 500", None),  # the recipe's shift
-    "gan": ("dmd2.py", "--steps 500", None),
-    "gan_x30": ("dmd2.py", "--steps 500 --gan-weight .1", None),
-    "x2": ("dmd2.py", "--steps 1000 --gan-weight 0", None),
-    "x6": ("dmd2.py", "--steps 3000 --gan-weight 0", None),
-    "guidance_1": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 1", None),
-    "guidance_4": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 4", None),
-    "dfd": ("dfd.py", f"--steps 50 {OFTEN}", "dmd2"),
-    "dmd2_on": ("dfd.py", f"--steps 50 --data-prob 0 --student-input simulate {OFTEN}", "dmd2"),  # p 0 is dmd2.py
-    "finetune": ("experiments/finetune.py", "--steps 50", "dmd2"),
-    "dfd_x3": ("dfd.py", "--steps 150", "dmd2"),
-    "dfd_x10": ("dfd.py", "--steps 500", "dmd2"),
-    "dfd_p1": ("dfd.py", "--steps 50 --data-prob 1", "dmd2"),
-    "dfd_simulate": ("dfd.py", "--steps 50 --student-input simulate", "dmd2"),
-    "codmd": ("codmd.py", "--steps 500", None),
-    "codmd_both": ("codmd.py", "--steps 500 --sample-relation 1", None),
-    "codmd_both_w1": ("codmd.py", "--steps 500 --sample-relation 1 --relation-weight 1", None),
-    "dmd2_on_x3": ("dfd.py", "--steps 150 --data-prob 0 --student-input simulate", "dmd2"),
-    "codmd_on": ("codmd.py", f"--steps 150 --sample-relation 1 {POST}", "dmd2"),
-    "codmd_on_w1": ("codmd.py", f"--steps 150 --sample-relation 1 --relation-weight 1 {POST}", "dmd2"),
-    "phased_dmd": ("phased_dmd.py", "--steps 500", None),
-    "phased_4": ("phased_dmd.py", "--steps 500 --phase-ends .9 .75 .5 0", None),
-    "phased_naive": ("experiments/phased_ablations.py", "--steps 500 --naive-target", None),
-    "vanilla": ("experiments/vanilla.py", "--steps 500 --gan-weight 0", None),
-    "fake_score_rare": ("dmd2.py", "--steps 100 --gan-weight 0 --student-every 1 --preview-every 10", None),
-    "lr_high": ("dmd2.py", "--steps 500 --gan-weight 0 --lr 1e-2 --fake-score-lr 1e-2", None),
-    "guidance_8": ("dmd2.py", "--steps 500 --gan-weight 0 --guidance-scale 8", None),
-    "no_normaliser": ("experiments/no_normaliser.py", "--steps 500 --gan-weight 0", None),
-    "shift_1": ("dmd2.py", "--steps 500 --gan-weight 0 --shift 1", None),
-    "i2v": ("dmd2.py", f"{I2V} --steps 500 --gan-weight 0", None),
-    "i2v_dfd": ("dfd.py", f"{I2V} --steps 50 {OFTEN}", "i2v"),
-    "causal_start": ("tools/ode_init.py", f"{CAUSAL} --steps 1500 --preview-every 250", None),
-    "causal": ("dmd2.py", f"{CAUSAL} --steps 500 --gan-weight 0", "causal_start"),
-    "causal_on": ("dmd2.py", f"{CAUSAL} --steps 50 --gan-weight 0 {POST}", "causal"),
-    "causal_dfd": ("dfd.py", f"{CAUSAL} --steps 50 {OFTEN}", "causal"),
-    "causal_dfd_simulate": ("dfd.py", f"{CAUSAL} --steps 50 --student-input simulate {OFTEN}", "causal"),
+    "dmd2": ("DMD2", f"{DMD2} --steps 500"),
+    "untrained": ("DMD2, untrained", f"{DMD2} --steps 1 --lr 0 --weight-decay 0"),  # the student before it learns
+    "dmd": ("DMD, 1 step", "dmd.py --steps 500 --shift 3"),  # budget and shift of the others, not its recipe
+    "dmd_regression": ("DMD, regression .25", "dmd.py --steps 500 --shift 3 --regression-weight .25"),  # the paper's
+    "dmd_shift_1": ("DMD, shift 1", "dmd.py --steps 500"),  # the recipe's shift
+    "gan": ("DMD2 + GAN", "dmd2.py --steps 500"),
+    "gan_x30": ("DMD2 + GAN x 30", "dmd2.py --steps 500 --gan-weight .1"),
+    "x2": ("DMD2, twice as long", f"{DMD2} --steps 1000"),
+    "x6": ("DMD2, six times as long", f"{DMD2} --steps 3000"),
+    "guidance_1": ("DMD2, guidance 1", f"{DMD2} --steps 500 --guidance-scale 1"),
+    "guidance_4": ("DMD2, guidance 4", f"{DMD2} --steps 500 --guidance-scale 4"),
+    "guidance_8": ("DMD2, guidance 8", f"{DMD2} --steps 500 --guidance-scale 8"),
+    "dmd2_on": ("+ DMD2", f"{DFD} --steps 50 --data-prob 0 {SIMULATE} {OFTEN}"),  # p 0 is dmd2.py
+    "regression": ("+ regression", f"{VARIANT} regression --init dmd2 --steps 50"),
+    "dfd": ("+ DFD", f"{DFD} --steps 50 {OFTEN}"),
+    "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
+    "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
+    "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
+    "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
+    "codmd": ("CoDMD, frames", "codmd.py --steps 500"),
+    "codmd_both": ("CoDMD, both", f"{CODMD} --steps 500"),
+    "codmd_both_w1": ("CoDMD, both, weight 1", f"{CODMD} --steps 500 --relation-weight 1"),
+    "dmd2_on_x3": ("+ DMD2 x 3", f"{DFD} --steps 150 --data-prob 0 {SIMULATE}"),
+    "codmd_on": ("+ CoDMD x 3", f"{CODMD} --init dmd2 --steps 150 {POST}"),
+    "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
+    "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
+    "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
+    "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
+    "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
+    "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
+    "lr_high": ("rates x 10", f"{DMD2} --steps 500 --lr 1e-2 --fake-score-lr 1e-2"),
+    "no_normaliser": ("no normaliser", f"{VARIANT} no_normaliser --gan-weight 0 --steps 500"),
+    "shift_1": ("shift 1", f"{DMD2} --steps 500 --shift 1"),
+    "i2v": ("DMD2", f"{DMD2} {I2V} --steps 500"),
+    "i2v_dfd": ("+ DFD", f"dfd.py {I2V} --init i2v --steps 50 {OFTEN}"),
+    "causal_start": ("ODE start", f"tools/ode_init.py {CAUSAL} --steps 1500 --preview-every 250"),
+    "causal": ("DMD2", f"{DMD2} {CAUSAL} --init causal_start --steps 500"),
+    "causal_on": ("+ DMD2", f"{DMD2} {CAUSAL} --init causal --steps 50 {POST}"),
+    "causal_dfd": ("+ DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
+    "causal_dfd_simulate": ("+ DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
-TABLES = {  # rows beside data and teacher, and what they are called
-    "dmd2": {
-        "untrained": "DMD2, untrained", "dmd": "DMD, 1 step", "dmd_regression": "DMD, regression .25",
-        "dmd_shift_1": "DMD, shift 1", "dmd2": "DMD2",
-        "gan": "DMD2 + GAN", "gan_x30": "DMD2 + GAN x 30", "x2": "DMD2, twice as long", "x6": "DMD2, six times as long",
-        "guidance_1": "DMD2, guidance 1", "guidance_4": "DMD2, guidance 4", "guidance_8": "DMD2, guidance 8",
-    },
-    "dfd": {
-        "dmd2": "DMD2", "dmd2_on": "+ DMD2", "finetune": "+ regression", "dfd": "+ DFD", "dfd_p1": "+ DFD, p 1",
-        "dfd_simulate": "+ DFD, simulate", "dfd_x3": "+ DFD x 3", "dfd_x10": "+ DFD x 10",
-    },
-    "codmd": {
-        "dmd2": "DMD2", "codmd": "CoDMD, frames", "codmd_both": "CoDMD, both", "codmd_both_w1": "CoDMD, both, weight 1",
-        "dmd2_on_x3": "+ DMD2 x 3", "codmd_on": "+ CoDMD x 3", "codmd_on_w1": "+ CoDMD x 3, weight 1",
-    },
-    "phased_dmd": {
-        "dmd2": "DMD2", "vanilla": "gradient in all steps", "phased_dmd": "Phased DMD", "phased_4": "4 phases",
-        "phased_naive": "naive target",
-    },
-    "i2v": {"i2v": "DMD2", "i2v_dfd": "+ DFD"},
-    "broken": {
-        "dmd2": "DMD2", "fake_score_rare": "fake score 1 : 1", "lr_high": "rates x 10", "guidance_1": "guidance 1",
-        "guidance_8": "guidance 8", "no_normaliser": "no normaliser", "shift_1": "shift 1",
-    },
-    "causal": {
-        "dmd2": "DMD2, all frames at once", "causal_start": "ODE start", "causal": "DMD2", "causal_on": "+ DMD2",
-        "causal_dfd": "+ DFD", "causal_dfd_simulate": "+ DFD, simulate",
-    },
-}  # fmt: skip
+TABLES = {
+    "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
+    "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
+    "phased_dmd": "dmd2 vanilla phased_dmd phased_4 phased_naive",
+    "i2v": "i2v i2v_dfd",
+    "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
+    "broken": "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",  # of curves.md
+}
 
 
-@dataclass
-class Args:
-    tables: tuple[str, ...] = tuple(name for name in TABLES if name != "broken")
-    """Names of the tables, see TABLES; what their runs start from is trained too. `broken` is for curves.md."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds."""
-    jobs: Annotated[int, Ge(1)] = 1
-    """Runs at a time, one thread each."""
-    runs_dir: Path = Path("runs/evidence")
-    """Where runs, tables and sheets are written."""
-    train: bool = True
-    """--no-train: tables of those runs that are there."""
-    list: bool = False
-    """Print the commands and stop."""
-
-
-def flag(words, name, default):
-    return words[words.index(name) + 1] if name in words else default
+def words_of(name):
+    """The words of a run's command, and the name of the run that it starts from or None."""
+    words = RUNS[name][1].split()
+    return words, words[words.index("--init") + 1] if "--init" in words else None
 
 
 def finished(runs_dir, name, seed):
     """The run folder, if its last checkpoint is there."""
-    words = RUNS[name][1].split()
-    last = f"checkpoints/step_{int(flag(words, '--steps', None)):07d}/checkpoint.json"
-    found = sorted((runs_dir / name).glob(f"*__{flag(words, '--teacher', 'tiny')}__{seed}__*/{last}"))
+    words, _ = words_of(name)
+    last = f"checkpoints/step_{int(words[words.index('--steps') + 1]):07d}/checkpoint.json"
+    found = sorted((runs_dir / name).glob(f"*__{seed}__*/{last}"))
     return found[-1].parents[2] if found else None
 
 
 def command(runs_dir, name, seed):
-    script, flags, parent = RUNS[name]
-    init = ["--init", str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")] if parent else []
-    common = ["--ema-decay", "0", "--save-every", "1000000", *PREVIEWS.split(), "--runs-dir", str(runs_dir / name)]
-    return [script, *common, *flags.split(), *init, "--seed", str(seed)]
+    words, parent = words_of(name)
+    if parent:
+        words[words.index("--init") + 1] = str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")
+    at = words.index("--steps")  # what comes after it stands
+    return [*words[:at], *EVERY.split(), "--seed", str(seed), "--runs-dir", str(runs_dir / name), *words[at:]]
 
 
 def train(runs_dir, name, seed):
-    folder = runs_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{seed}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another call of this may be at the same run: wait for it
-        if finished(runs_dir, name, seed):
-            return
-        for leftover in folder.glob(f"*__{seed}__*"):
-            shutil.rmtree(leftover)
-        words, env = [sys.executable, *command(runs_dir, name, seed)], {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(folder / f"{seed}.log", "w") as log:  # the run holds the lock too, should this process be killed
-            code = subprocess.call(words, cwd=ROOT, env=env, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-    print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/{seed}.log'}", flush=True)
-
-
-def main(args):
-    check_flags(args)
-    unknown = [name for name in args.tables if name not in TABLES]
-    if unknown:
-        raise UserError(f"unknown table {unknown[0]!r}; known: {', '.join(TABLES)}")
-    runs_dir = args.runs_dir.resolve()
-    generations = [[name for table in args.tables for name in TABLES[table]]]
-    while parents := [RUNS[name][2] for name in generations[0] if RUNS[name][2]]:
-        generations.insert(0, parents)
-    first = dict.fromkeys(name for generation in generations for name in generation)  # parents before their children
-    if args.list:
-        for name in first:
-            for seed in args.seeds:
-                print(" ".join(["python", *command(runs_dir, name, seed)]))
+    if finished(runs_dir, name, seed):
         return
-    while first and args.train:
-        now = [name for name in first if RUNS[name][2] not in first]
-        jobs = [(name, seed) for seed in args.seeds for name in now]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: train(runs_dir, *job), jobs))
-        first = [name for name in first if name not in now]
-        if missing := [name for name in now for seed in args.seeds if not finished(runs_dir, name, seed)]:
-            raise UserError(f"{missing[0]} has no last checkpoint: see its log in {runs_dir / missing[0]}", code=1)
-    for table in args.tables:
-        rows = [(finished(runs_dir, name, seed), label) for name, label in TABLES[table].items() for seed in args.seeds]
-        rows = [(str(run), label) for run, label in rows if run]
-        if not rows:
-            raise UserError(f"no run of the table {table} is in {runs_dir}: leave out --no-train")
-        folders, names = zip(*rows)
-        look = "--seeds 16 --teacher-steps 25 4".split() + (["--long"] if table == "causal" else [])
-        words = [*folders, "--names", *names, "--out", str(runs_dir / f"table_{table}"), *look]
-        code = subprocess.call([sys.executable, "experiments/evidence.py", *words], cwd=ROOT)
-        if code:
-            sys.exit(code)
+    log = runs_dir / name / f"{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        words, env = [sys.executable, *command(runs_dir, name, seed)], os.environ | {"OMP_NUM_THREADS": "1"}
+        if subprocess.call(words, cwd=ROOT, env=env, stdout=file, stderr=file):
+            raise UserError(f"{name}, seed {seed} failed: see {log}")
+    print(f"{name}, seed {seed}: done", flush=True)
+
+
+def main(
+    tables: tuple[str, ...] = tuple(TABLES)[:-1],
+    seeds: tuple[int, ...] = (0, 1, 2),
+    jobs: int = 1,
+    runs_dir: Path = Path("runs/evidence"),
+    list: bool = False,
+):
+    runs_dir = runs_dir.resolve()
+    wanted = {name for table in tables for name in TABLES[table].split()}
+    for name in reversed(RUNS):
+        if name in wanted:
+            wanted.add(words_of(name)[1])  # what it starts from
+    names = [name for name in RUNS if name in wanted]
+    if list:
+        print("\n".join(" ".join(["python", *command(runs_dir, name, seed)]) for name in names for seed in seeds))
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds)
+    tuple(done)  # raises what a run raised
+    for table in tables:
+        rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
+        folders, labels = zip(*rows)
+        words = [*folders, "--names", *labels, "--out", runs_dir / f"table_{table}", "--seeds", "16"]
+        words += ["--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
+        subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        tyro.cli(main, description=__doc__)

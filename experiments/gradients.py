@@ -6,104 +6,74 @@ The functions are the scripts' own. What stands in for a network is the exact ve
 sample is a "video" [b, c, 1, 1, 1] of c numbers. The fake score is exact too: it is that of the student's own samples.
 """
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from matplotlib import pyplot as plt
-from PIL import Image
+from matplotlib.animation import PillowWriter
 
 import codmd
 import common
 import dmd2
 import phased_dmd
-from training.files import make_folder, written_aside
-from training.flags import one_line_errors
 
 matplotlib.use("Agg")
+OUT = Path(__file__).resolve().parents[1] / "docs" / "how"
 RED, BLUE, GREY = "#c1272d", "#0050a0", "#888888"
-
-
-class Mixture:
-    """A network whose velocity is exact: of data that are a mixture of Gaussians of one spread.
-
-    means [k, c], spread a float; cond["weights"] [b, k] are the components' shares, so a prompt can name some of them.
-    """
-
-    def __init__(self, means, spread):
-        self.means, self.variance = means, spread**2
-
-    def posterior(self, x_t, sigma, cond):
-        """Log density [b] of x_t [b, c, 1, 1, 1], and the mean [b, c] of x0 given it."""
-        x, t = x_t.flatten(1), sigma[:, None]
-        variance = (1 - t) ** 2 * self.variance + t**2  # [b, 1]
-        off = x[:, None] - (1 - t)[..., None] * self.means  # [b, k, c]
-        logits = cond["weights"].log() - off.square().sum(-1) / (2 * variance)
-        log_density = torch.logsumexp(logits, -1) - x.shape[1] / 2 * (2 * math.pi * variance[:, 0]).log()
-        towards = self.means + ((1 - t) * self.variance / variance)[..., None] * off
-        return log_density, (torch.softmax(logits, -1)[..., None] * towards).sum(1)
-
-    def __call__(self, x_t, sigma, cond):
-        x0 = self.posterior(x_t, sigma, cond)[1].view_as(x_t)
-        return (x_t - x0) / rearrange(sigma, "b -> b 1 1 1 1")
-
-    def log_density(self, x, cond):
-        """Of the data themselves, at x [b, c]."""
-        return self.posterior(video(x), torch.zeros(len(x)), cond)[0]
-
-    def draw(self, count, weights):
-        rows = torch.multinomial(weights, count, replacement=True)
-        return self.means[rows] + self.variance**0.5 * torch.randn(count, self.means.shape[1])
 
 
 def video(x):
     return x[:, :, None, None, None]
 
 
-def shares(weights, count):
-    return {"weights": torch.as_tensor(weights).float().expand(count, -1)}
+class Mixture:
+    """A network whose velocity is exact: of data that are a mixture of Gaussians of one spread.
 
+    means [k, c], spread a float or [c]; cond["weights"] [b, k] are the components' shares, even where there are none.
+    """
 
-def even(count, components):
-    return shares([1 / components] * components, count)
+    def __init__(self, means, spread):
+        self.means, self.spread = torch.as_tensor(means), torch.as_tensor(spread)
 
+    def posterior(self, x_t, sigma, cond):
+        """Log density [b] of x_t [b, c, 1, 1, 1], and the mean [b, c] of x0 given it."""
+        x, t = x_t.flatten(1)[:, None], sigma[:, None, None]
+        variance = ((1 - t) * self.spread) ** 2 + t**2
+        normal = torch.distributions.Normal((1 - t) * self.means, variance.sqrt().expand(-1, *self.means.shape))
+        log = normal.log_prob(x).sum(-1) + cond.get("weights", torch.ones(len(self.means)) / len(self.means)).log()
+        x0 = self.means + (1 - t) * self.spread**2 / variance * (x - (1 - t) * self.means)  # [b, k, c], of each
+        return torch.logsumexp(log, -1), (torch.softmax(log, -1)[..., None] * x0).sum(1)
 
-class Gaussian:
-    """A student that knows one affine map of its noise, x0 = mean + A z: one mode is all that it can be."""
-
-    def __init__(self, mean, spread):
-        self.mean = torch.tensor(mean).requires_grad_()
-        self.root = (spread * torch.eye(len(mean))).requires_grad_()
+    def __call__(self, x_t, sigma, cond):
+        x0 = self.posterior(x_t, sigma, cond)[1].view_as(x_t)
+        return (x_t - x0) / rearrange(sigma, "b -> b 1 1 1 1")
 
     def draw(self, count):
-        return self.mean + torch.randn(count, len(self.mean)) @ self.root.T
-
-    def x0(self, x_t, sigma):
-        """The exact fake score: the mean of x0 given x_t, for its own samples."""
-        with torch.no_grad():
-            covariance = self.root @ self.root.T
-            t, eye = sigma[:, None, None], torch.eye(len(self.mean))
-            gain = (1 - t) * covariance @ torch.linalg.inv((1 - t) ** 2 * covariance + t**2 * eye)
-            off = x_t.flatten(1) - (1 - sigma[:, None]) * self.mean
-            return (self.mean + (gain @ off[..., None])[..., 0]).view_as(x_t)
+        noise, rows = torch.randn(count, self.means.shape[1]), torch.randint(len(self.means), (count,))
+        return self.means[rows] + self.spread * noise
 
 
-def dmd_step(student, teacher, cond, null_cond, guidance, count, lr, high=0.98):
-    """One step of the scripts for an affine student with its exact fake score; high: the largest score time."""
-    x0 = video(student.draw(count))
+def uniform_sigma(count, high=0.98):
+    return dmd2.sample_sigma(SimpleNamespace(uniform=lambda: high * torch.rand(count)), 1.0)
+
+
+def dmd_step(student, teacher, guided, lr, count, high=0.98):
+    """A step of the scripts for a student of one mode and its exact fake score. guided: cond, null_cond, guidance."""
+    parameters = [student.means.requires_grad_(), student.spread.requires_grad_()]
+    x0 = video(student.means + student.spread * torch.randn(count, 2))
     with torch.no_grad():
-        sigma = dmd2.sample_sigma(SimpleNamespace(uniform=lambda: high * torch.rand(count)), 1.0)
+        sigma = uniform_sigma(count, high)
         x_t = dmd2.add_noise(x0, torch.randn_like(x0), sigma)
-        x0_teacher = dmd2.guided_x0(teacher, x_t, sigma, cond, null_cond, guidance)
-        grad = dmd2.dmd_gradient(x0, x0_teacher, student.x0(x_t, sigma))
+        x0_fake = dmd2.predict_x0(student, x_t, sigma, {})
+        grad = dmd2.dmd_gradient(x0, dmd2.guided_x0(teacher, x_t, sigma, *guided), x0_fake)
     loss = dmd2.student_loss(x0, grad) * x0.numel() / count
-    parameters = [student.mean, student.root]
-    for parameter, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+    for parameter, g in zip(parameters, torch.autograd.grad(loss, parameters)):
         parameter.data -= lr * g
 
 
@@ -115,119 +85,92 @@ def panels(count, size=3.2, height=None):
     return figure, axes[0]
 
 
-def density(axis, mixture, weights, reach=3.0):
-    """Grey contours of a mixture in two dimensions."""
-    line = torch.linspace(-reach, reach, 80)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
-    log = mixture.log_density(grid.view(-1, 2), shares(weights, 80 * 80)).view(80, 80)
+def plane(axis, title, mixture, samples, size=5):
+    """Grey contours of a mixture in two dimensions, and samples."""
+    line = torch.linspace(-3, 3, 80)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
+    log = mixture.posterior(video(grid), torch.zeros(len(grid)), {})[0].view(80, 80)
     axis.contour(line, line, log.exp(), 5, colors=GREY, linewidths=0.7)
-    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
+    axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(title, fontsize=9)
+    axis.scatter(*samples.detach().T, s=size, color=RED, alpha=0.6, linewidths=0)
+
+
+def arrows(axis, places, down):
+    axis.quiver(*places.detach().T, *down.T, color=BLUE, angles="xy", width=0.004)
 
 
 def save(figure, path):
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def drawn(figure):
-    """A figure as a picture."""
-    figure.canvas.draw()
-    size, pixels = figure.canvas.get_width_height(), figure.canvas.buffer_rgba().tobytes()
-    plt.close(figure)
-    return Image.frombytes("RGBA", size, pixels).convert("RGB")
-
-
-def animate(pictures, path):
-    """Write pictures as an animated WebP, eleven a second, the last one for two seconds."""
-    durations = [90] * (len(pictures) - 1) + [2000]
-    with written_aside(path) as aside:
-        pictures[0].save(
-            aside, "WebP", save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=80
-        )
 
 
 def rounded(x):
     """Numbers of a tensor, to two digits."""
-    return [round(value, 2) for value in x.tolist()] if x.ndim else round(x.item(), 2)
+    return x.double().round(decimals=2).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
 
-TWO = Mixture(torch.tensor([[-1.2, 0.0], [1.2, 0.0]]), 0.35)
-
-
-def mode_seeking(out):
-    """A student of one mode, and a teacher of two: score times up to .98, and up to .4. Returns what each ends as."""
-    figures, ends = [], {}
-    students = {high: Gaussian([-0.6, 1.0], 0.4) for high in (0.98, 0.4)}
-    for step in range(241):
-        if step % 6 == 0:
-            figure, axes = panels(2)
-            for axis, (high, student) in zip(axes, students.items()):
-                density(axis, TWO, [0.5, 0.5])
-                torch.manual_seed(1)
-                axis.scatter(*student.draw(300).detach().T, s=5, color=RED, alpha=0.6, linewidths=0)
-                axis.set_title(f"score times to {high:g}, {step} steps", fontsize=9)
-            figures.append(drawn(figure))
-        torch.manual_seed(step)
-        for high, student in students.items():
-            dmd_step(student, TWO, even(256, 2), even(1, 2), 1.0, 256, lr=0.02, high=high)
-    for high, student in students.items():
-        x = student.draw(20000).detach()
-        ends[high] = {
-            "mean": rounded(x.mean(0)),
-            "spread": rounded(x.std(0)),
-            "in the right half": rounded((x[:, 0] > 0).float().mean()),
-        }
-    animate(figures, out / "mode_seeking.webp")
-    return ends
+TWO = Mixture([[-1.2, 0.0], [1.2, 0.0]], 0.35)
+LEFT = Mixture([[-1.2, 0.0]], 0.35)
+PLACES, LEVELS = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 14)] * 2).flip(1), (0.9, 0.6, 0.3)
 
 
 def field(out):
     """The gradient's field over the plane, at three noise levels, for samples that all stand in the left mode. Returns
     its mean length where they stand.
     """
-    figure, axes = panels(3)
-    student, line, strength = Gaussian([-1.2, 0.0], 0.35), torch.linspace(-2.6, 2.6, 14), []
-    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
-    for axis, level in zip(axes, (0.9, 0.6, 0.3)):
+    (figure, axes), strength = panels(3), []
+    for axis, level in zip(axes, LEVELS):
         torch.manual_seed(0)
-        x0 = video(places.repeat_interleave(200, 0))
+        x0 = video(PLACES.repeat_interleave(200, 0))
         sigma = torch.full((len(x0),), level)
         x_t = dmd2.add_noise(x0, torch.randn_like(x0), sigma)
-        cond = even(len(x0), 2)
-        x0_teacher = dmd2.guided_x0(TWO, x_t, sigma, cond, even(1, 2), 1.0)
-        down = (
-            -(student.x0(x_t, sigma) - x0_teacher).view(-1, 200, 2).mean(1)
-        )  # where a step goes, without the normaliser
-        density(axis, TWO, [0.5, 0.5])
-        axis.quiver(*places.T, *down.T, color=BLUE, angles="xy", width=0.004)
-        axis.scatter(*student.draw(200).detach().T, s=4, color=RED, alpha=0.5, linewidths=0)
-        axis.set_title(f"noise level {level}", fontsize=9)
-        own = (places - student.mean.detach()).norm(dim=1) < 0.5
-        strength.append(rounded(down[own].norm(dim=1).mean()))
+        grad = dmd2.predict_x0(LEFT, x_t, sigma, {}) - dmd2.predict_x0(TWO, x_t, sigma, {})  # without the normaliser
+        down = -grad.view(-1, 200, 2).mean(1)
+        arrows(axis, PLACES, down)
+        plane(axis, f"noise level {level}", TWO, LEFT.draw(200))
+        strength.append(rounded(down[(PLACES - LEFT.means).norm(dim=1) < 0.5].norm(dim=1).mean()))
     save(figure, out / "field.png")
     return strength
 
 
-THREE = Mixture(torch.tensor([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]]), 0.4)
+def mode_seeking(out):
+    """A student of one mode, and a teacher of two: score times up to .98, and up to .4. Returns what each ends as."""
+    students = {high: Mixture([[-0.6, 1.0]], [0.4, 0.4]) for high in (0.98, 0.4)}
+    (figure, axes), writer, ends = panels(2), PillowWriter(fps=11), {}
+    with writer.saving(figure, out / "mode_seeking.webp", dpi=100):
+        for step in range(241):
+            if step % 6 == 0:
+                for axis, (high, student) in zip(axes, students.items()):
+                    torch.manual_seed(1)
+                    axis.clear()
+                    plane(axis, f"score times to {high:g}, {step} steps", TWO, student.draw(300))
+                writer.grab_frame()
+            torch.manual_seed(step)
+            for high, student in students.items():
+                dmd_step(student, TWO, ({}, {}, 1.0), 0.02, 256, high)
+    for high, student in students.items():
+        x = student.draw(20000).detach()
+        right = (x[:, 0] > 0).float().mean()
+        ends[high] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0)), "in the right half": rounded(right)}
+    return ends
 
 
 def guidance(out):
     """A prompt names the upper of three modes: students after training with guidance 1, 2 and 4."""
-    figure, axes = panels(3)
-    ends = {}
+    teacher = Mixture([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]], 0.4)
+    cond, null_cond = {"weights": torch.eye(3)[2].add(1e-9).expand(512, 3)}, {"weights": torch.ones(1, 3) / 3}
+    (figure, axes), ends = panels(3), {}
     for axis, scale in zip(axes, (1.0, 2.0, 4.0)):
-        student, cond = Gaussian([0.0, 0.6], 0.5), shares([1e-9, 1e-9, 1.0], 512)
+        student = Mixture([[0.0, 0.6]], [0.5, 0.5])
         for step in range(400):
             torch.manual_seed(step)
-            dmd_step(student, THREE, cond, even(1, 3), scale, 512, lr=0.01)
+            dmd_step(student, teacher, (cond, null_cond, scale), 0.01, 512)
         x = student.draw(4000).detach()
-        density(axis, THREE, [1 / 3] * 3)
-        axis.scatter(*x[:300].T, s=5, color=RED, alpha=0.6, linewidths=0)
+        plane(axis, f"guidance {scale:g}", teacher, x[:300])
         ends[scale] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0))}
-        axis.set_title(f"guidance {scale:g}", fontsize=9)
     save(figure, out / "guidance.png")
     return ends
 
@@ -236,32 +179,25 @@ def data_forcing(out):
     """DFD's line: the teacher reads noised data in place of the noised sample. Data N(0, 1) in 64 dimensions, a student
     that scales its input by theta. Returns the samples' spread in the end.
     """
-    width, count, level = 64, 512, 0.8
-    one, cond, null_cond = Mixture(torch.zeros(1, width), 1.0), even(count, 1), even(1, 1)
-    figure, axes = panels(2, 4.4, 3)
-    ways = {
-        "DMD": (False, False, GREY),
-        "DFD, input noise": (True, False, RED),
-        "DFD, input the clip, noised": (True, True, BLUE),
-    }
-    ends = {}
-    for name, (forced, paired, color) in ways.items():
+    (figure, axes), ends, zero, count = panels(2, 4.4, 3), {}, torch.zeros(1, 64), 512
+    for name, forced, paired, color in (
+        ("DMD", False, False, GREY),
+        ("DFD, input noise", True, False, RED),
+        ("DFD, input the clip, noised", True, True, BLUE),
+    ):
         theta, spreads = torch.tensor(1.0, requires_grad=True), []
         for step in range(240):
             torch.manual_seed(step)
-            data, noise, eps = (video(torch.randn(count, width)) for _ in range(3))
-            start = dmd2.add_noise(data, noise, torch.full((count,), level)) if paired else noise
-            x0 = theta * start
-            with torch.no_grad():
-                sigma = dmd2.sample_sigma(SimpleNamespace(uniform=lambda: torch.rand(count)), 1.0)
-                x_t = dmd2.add_noise(x0, eps, sigma)
-                own = Mixture(torch.zeros(1, width), x0.std().item())
-                x0_fake = dmd2.predict_x0(own, x_t, sigma, cond)
-                x_t = dmd2.add_noise(data, eps, sigma) if forced else x_t  # DFD's line
-                grad = dmd2.dmd_gradient(x0, dmd2.guided_x0(one, x_t, sigma, cond, null_cond, 1.0), x0_fake)
-            loss = dmd2.student_loss(x0, grad)
-            theta.data -= 0.05 * torch.autograd.grad(loss, theta)[0]
+            data, noise, eps = (video(torch.randn(count, 64)) for _ in range(3))
+            x0 = theta * (dmd2.add_noise(data, noise, torch.full((count,), 0.8)) if paired else noise)
             spreads.append(x0.std().item())
+            with torch.no_grad():
+                sigma = uniform_sigma(count)
+                x_t = dmd2.add_noise(x0, eps, sigma)
+                x0_fake = dmd2.predict_x0(Mixture(zero, spreads[-1]), x_t, sigma, {})
+                x_t = dmd2.add_noise(data, eps, sigma) if forced else x_t  # DFD's line
+                grad = dmd2.dmd_gradient(x0, dmd2.predict_x0(Mixture(zero, 1.0), x_t, sigma, {}), x0_fake)
+            theta.data -= 0.05 * torch.autograd.grad(dmd2.student_loss(x0, grad), theta)[0]
         ends[name] = round(spreads[-1], 2)
         axes[0].plot(spreads, color=color, label=name)
         if forced:
@@ -277,33 +213,27 @@ def relations(out):
     """CoDMD's targets for six samples of two modes: the student's relations, the target, and where its loss pushes."""
     torch.manual_seed(4)
     common.init_distributed()
-    x0 = torch.cat([TWO.draw(3, torch.tensor([1.0, 0.0])) * 0.6, TWO.draw(3, torch.tensor([0.0, 1.0])) * 0.6])
-    x0 = (x0 + torch.tensor([0.0, 0.9])).requires_grad_()
-    sigma = torch.full((6,), 0.5)
-    student = Gaussian([0.0, 0.9], 0.7)
-    x_t = dmd2.add_noise(video(x0.detach()), video(torch.randn(6, 2)), sigma)
-    x0_teacher, x0_fake = dmd2.guided_x0(TWO, x_t, sigma, even(6, 2), even(1, 2), 1.0), student.x0(x_t, sigma)
-    loss = codmd.relation_loss(video(x0), x0_teacher, x0_fake, 1.0, 0.0, 0.5)
-    push = -torch.autograd.grad(loss, x0)[0]
-    s, r, f = (codmd.relation_matrix(x.flatten(1)) for x in (video(x0).detach(), x0_teacher, x0_fake))
+    x = TWO.means.repeat_interleave(3, 0) + TWO.spread * torch.randn(6, 2)
+    x = (0.6 * x + torch.tensor([0.0, 0.9])).requires_grad_()
+    x0, sigma = video(x), torch.full((6,), 0.5)
+    x_t = dmd2.add_noise(x0.detach(), torch.randn_like(x0), sigma)
+    x0_teacher, x0_fake = (dmd2.predict_x0(n, x_t, sigma, {}) for n in (TWO, Mixture([[0.0, 0.9]], 0.7)))
+    push = -torch.autograd.grad(codmd.relation_loss(x0, x0_teacher, x0_fake, 1.0, 0.0, 0.5), x)[0]
+    x = x.detach()
+    s, r, f = (codmd.relation_matrix(features.flatten(1)) for features in (x, x0_teacher, x0_fake))
     figure, axes = panels(3)
-    for axis, matrix, name in ((axes[0], s, "student's cosines"), (axes[1], (s - (f - r)), "moved from fake to real")):
+    for axis, matrix, title in zip(axes, (s, s - (f - r)), ("student's cosines", "moved from fake to real")):
         axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
-        for i in range(6):
-            for j in range(6):
-                axis.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", fontsize=7)
-    density(axes[2], TWO, [0.5, 0.5])
-    axes[2].scatter(*x0.detach().T, s=14, color=RED)
-    axes[2].quiver(*x0.detach().T, *push.T, color=BLUE, angles="xy", width=0.006)
-    axes[2].axhline(0, color=GREY, linewidth=0.4)
-    axes[2].axvline(0, color=GREY, linewidth=0.4)
-    axes[2].set_title("where the loss pushes", fontsize=9)
+        for (i, j), cosine in np.ndenumerate(matrix):
+            axis.text(j, i, f"{cosine:.1f}", ha="center", va="center", fontsize=7)
+    plane(axes[2], "where the loss pushes", TWO, x, 14)
+    arrows(axes[2], x, push)
+    axes[2].plot(0, 0, "+", color=GREY)
     save(figure, out / "relations.png")
     # a cosine does not know a length: no push along a sample's own direction, in any row
-    along = (push * x0.detach()).sum(1) / x0.detach().norm(dim=1) / push.norm(dim=1)
-    return f"largest share of a push along its sample {along.abs().max():.1g}"
+    return f"largest share of a push along its sample {F.cosine_similarity(push, x).abs().max():.1g}"
 
 
 def anchors(out):
@@ -311,75 +241,56 @@ def anchors(out):
     naive one, as if x_s were clean, against the exact answer; one dimension, two modes. Returns the mean errors.
     """
     torch.manual_seed(0)
-    data, s, t, count = Mixture(torch.tensor([[-1.0], [1.0]]), 0.2), 0.5, 0.65, 400_000
-    x0 = video(data.draw(count, torch.tensor([0.5, 0.5])))
+    data, s, t, count = Mixture([[-1.0], [1.0]], 0.2), 0.5, 0.65, 400_000
+    x0, sigma = video(data.draw(count)), torch.full((count,), t)
     x_s = phased_dmd.add_noise(x0, torch.randn_like(x0), torch.full((count,), s))
-    noise, sigma = torch.randn_like(x_s), torch.full((count,), t)
-    x_t = phased_dmd.renoise(x_s, noise, sigma, s)
+    noise = torch.randn_like(x_s)
     edges = torch.linspace(-2.2, 2.2, 45)
-    bins, middles = torch.bucketize(x_t.flatten(), edges), (edges[1:] + edges[:-1]) / 2
-    curves = {}
-    for name, level in (("its target", s), ("naive target", 0)):
-        table = torch.zeros(len(edges) + 1, requires_grad=True)
-        optimizer = torch.optim.LBFGS([table], max_iter=40)
+    bins, middles = torch.bucketize(phased_dmd.renoise(x_s, noise, sigma, s), edges), (edges[1:] + edges[:-1]) / 2
 
-        def closure(table=table, level=level, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = phased_dmd.flow_loss(video(table[bins][:, None]), x_s, noise, sigma, level)
-            loss.backward()
-            return loss
+    def gradient(velocity, level):
+        """Of the loss with respect to a table of velocities, one for each bin."""
+        table = torch.full((len(edges) + 1,), velocity, requires_grad=True)
+        return torch.autograd.grad(phased_dmd.flow_loss(table[bins], x_s, noise, sigma, level), table)[0][1:-1]
 
-        optimizer.step(closure)
-        curves[name] = table.detach()[1:-1]
-    level = torch.full((len(middles),), t)
-    exact = data(video(middles[:, None]), level, even(len(middles), 2)).flatten()
-    figure, (axis,) = panels(1, 4.8, 3)
-    lines = {"exact": (exact, GREY, 5), "Phased DMD's target": (curves["its target"], BLUE, 1.5)}
-    lines["naive target"] = curves["naive target"], RED, 1.5
-    for name, (v, color, width) in lines.items():
+    def minimum(level):
+        """The loss is quadratic, so gradients at 0 and 1 say where it is least."""
+        at_0, at_1 = gradient(0.0, level), gradient(1.0, level)
+        return at_0 / (at_0 - at_1)
+
+    exact = data(video(middles[:, None]), torch.full_like(middles, t), {}).flatten()
+    (figure, (axis,)), errors = panels(1, 4.8, 3), {}
+    for name, v, color, width in (
+        ("exact", exact, GREY, 5),
+        ("Phased DMD's target", minimum(s), BLUE, 1.5),
+        ("naive target", minimum(0), RED, 1.5),
+    ):
         axis.plot(middles, middles - t * v, color=color, linewidth=width, label=name)
+        errors[name] = rounded(t * (v - exact)[middles.abs() < 1.2].abs().mean())
     axis.set(xlabel=f"x_t at level {t}", ylabel="predicted x0")
     axis.legend(frameon=False, fontsize=8)
     save(figure, out / "anchors.png")
-    inner = middles.abs() < 1.2
-    return {name: rounded(t * (curve - exact)[inner].abs().mean()) for name, curve in curves.items()}
+    return errors
 
 
 def discriminator(out):
     """The GAN's gradient at an optimal discriminator, beside DMD's, for samples that have dropped the right mode."""
-    student, line = Gaussian([-1.2, 0.0], 0.35), torch.linspace(-2.6, 2.6, 14)
-    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2).requires_grad_()
-    own = Mixture(student.mean.detach()[None], 0.35)
-    figure, axes = panels(3)
-    for axis, level in zip(axes, (0.9, 0.6, 0.3)):
-        sigma, count = torch.full((len(places),), level), len(places)
-        x_t = video(places) * (1 - level)  # the noise's mean
-        real, _ = TWO.posterior(x_t, sigma, even(count, 2))
-        fake, _ = own.posterior(x_t, sigma, even(count, 1))
-        down = -torch.autograd.grad(dmd2.gan_student_loss(real - fake) * count, places)[0]
-        density(axis, TWO, [0.5, 0.5])
-        axis.quiver(*places.detach().T, *down.T, color=BLUE, angles="xy", width=0.004)
-        axis.scatter(*student.draw(200).detach().T, s=4, color=RED, alpha=0.5, linewidths=0)
-        axis.set_title(f"noise level {level}", fontsize=9)
+    (figure, axes), places = panels(3), PLACES.clone().requires_grad_()
+    for axis, level in zip(axes, LEVELS):
+        sigma, x_t = torch.full((len(places),), level), video(places) * (1 - level)  # the noise's mean
+        real, fake = (network.posterior(x_t, sigma, {})[0] for network in (TWO, LEFT))
+        down = -torch.autograd.grad(dmd2.gan_student_loss(real - fake) * len(places), places)[0]
+        arrows(axis, places, down)
+        plane(axis, f"noise level {level}", TWO, LEFT.draw(200))
     save(figure, out / "discriminator.png")
 
 
-PICTURES = [field, mode_seeking, guidance, data_forcing, relations, anchors, discriminator]
-
-
-@dataclass(kw_only=True)
-class Args:
-    out: Path = Path(__file__).resolve().parents[1] / "docs" / "how"
-    """Folder for the pictures."""
-
-
-def main(args):
-    make_folder(args.out, hint="; see --out")
+def main(out: Path = OUT):
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for picture in PICTURES:
-        print(f"{picture.__name__}: {picture(args.out)}", flush=True)
+    for picture in (field, mode_seeking, guidance, data_forcing, relations, anchors, discriminator):
+        print(f"{picture.__name__}: {picture(out)}", flush=True)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+    tyro.cli(main, description=__doc__)

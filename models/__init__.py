@@ -2,36 +2,29 @@
 
 A family is an `nn.Module` that holds a diffusers transformer, or two, and offers
 
-    network = Family(transformer, index=model_index)         # or (transformer, transformer_2, index) with two experts
+    network = Family(transformer, index=model_index)          # or (transformer, transformer_2, index) with two experts
     v, features = network(x_t, sigma, cond, blocks=(15, 22))  # velocity [b, c, f, h, w], float32, and the outputs
                                                               # [b, tokens, width] of these transformer blocks
-    network.blocks                                           # the units that FSDP2 shards
-    network.width                                            # of the features
-    network.chunks(x_t), network.update_cache(x0, cond)         # of a causal student, see wan_causal.py; else Wan's do
+    network.blocks, network.width                             # the units that FSDP2 shards; width of the features
+    network.chunks(x_t), network.update_cache(x0, cond)       # of a causal student, see wan_causal.py; else Wan's do
 
 with x_t latents [b, c, f, h, w], sigma [b] in [0, 1], cond a dict of tensors with the batch first, "text" among them.
 And of the class itself
 
-    transformer_class, vae_class     the diffusers classes
+    transformer_class, vae_class, text_encoder_class    of diffusers and transformers
     parts                            folders of its networks: transformer, perhaps transformer_2
     text_dim                         the name in the transformer's config of the width of cond["text"]
     text_parts                       folders whose files cond["text"] depends on
     lora_layers                      names of the layers that a LoRA is put on
     fps, negative_prompt             frames per second; the prompt of guidance's other half
-    shapes(config, vae, frames, height, width)       latent shape (c, f, h, w) and patch size, or UserError
     text_length(folder)              tokens that every prompt is padded to
-    tokenizer(folder)                the text encoder's tokenizer, of transformers
-    text_encoder(folder, device)     a function: list of prompts -> list of embeddings [tokens, d]
+    text_embedder(folder, tokenizer, encoder)    a function: n prompts -> embeddings [n, tokens, d], zero as padding
     conditions(config, shape)        {name: shape} of what cond holds beside the text; {} unless image-to-video
-
-and for image-to-video
-
-    image_encoder(folder, vae, frames)   a function: first frames [b, 3, 1, h, w] -> {name: [b, …]} of these conditions
-    first_latent(cond)                   latents [b, c, 1, h, w] of the image in cond
+    image_encoder(folder, vae, frames)    a function: first frames [b, 3, 1, h, w] -> {name: [b, …]} of these conditions
+    first_latent(cond)               latents [b, c, 1, h, w] of the image in cond
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 
-`wan.py` is the file to copy. To add a family: write its file, name its class in classes.py beside the kind of folder
-that it reads, its teachers in presets.py, and test it against the stock pipeline as tests/test_families.py does. No
-script changes.
+To add a family: copy wan.py, name the class and the pipeline whose folders it reads in presets.py, and test it against
+the stock pipeline as tests/test_models.py does. No script changes.
 """

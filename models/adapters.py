@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.files import UserError
-
 
 def add_adapters(transformer, layers, adapters):
     """Put LoRAs, {name: (rank, alpha)}, on a transformer's layers of these names. None of them is on."""
@@ -18,10 +16,7 @@ def add_adapters(transformer, layers, adapters):
 
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # there may be several
     for name, (rank, alpha) in adapters.items():
-        try:
-            transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), name)
-        except ValueError as error:
-            raise UserError(f"no LoRA fits on this teacher: {error}") from None
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), name)
     for layer in layers_with_loras(transformer):
         layer._active_adapter = []
 
@@ -53,9 +48,12 @@ class Adapted(nn.Module):
     def __init__(self, network, name, trained):
         super().__init__()
         self.network, self.adapter_name = (network,), name  # in a tuple the shared weights are no part of this module
-        own = {key: p for key, p in network.named_parameters() if ".lora_" in key and f".{name}." in key}
-        short = lambda key: key.removesuffix(f".{name}.weight").replace(".", "/")
-        self.lora = nn.ParameterDict({short(key): p for key, p in own.items()}).requires_grad_(trained)
+        end = f".{name}.weight"
+        own = {
+            key.removesuffix(end): p for key, p in network.named_parameters() if ".lora_" in key and key.endswith(end)
+        }
+        own = {key.replace(".", "/"): p for key, p in own.items()}
+        self.lora = nn.ParameterDict(own).requires_grad_(trained)
 
     def __getattr__(self, name):
         try:

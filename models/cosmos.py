@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
+from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT, Cosmos2_5_PredictBasePipeline
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from models.wan import Wan
-from models.wan_5b import Wan5BI2V
-from training.files import readable
+from models.wan_5b import FirstFrame
 
 if not hasattr(transformer_cosmos, "transforms"):  # all that the network needs of torchvision
     transformer_cosmos.transforms = SimpleNamespace(
@@ -28,15 +27,14 @@ if not hasattr(transformer_cosmos, "transforms"):  # all that the network needs 
 
 
 class Cosmos(Wan):
-    transformer_class, vae_class = CosmosTransformer3DModel, AutoencoderKLWan
+    transformer_class, text_encoder_class = CosmosTransformer3DModel, Qwen2_5_VLForConditionalGeneration
     text_dim, text_parts = "encoder_hidden_states_channels", ("text_encoder", "transformer")
-    fps = 16
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     negative_prompt = DEFAULT_NEGATIVE_PROMPT
 
     def __init__(self, transformer, index=None):
         super().__init__(transformer)
-        transformer.crossattn_proj.forward = lambda text: text  # done by text_encoder
+        transformer.crossattn_proj.forward = lambda text: text  # done by text_embedder
 
     @property
     def blocks(self):
@@ -48,44 +46,26 @@ class Cosmos(Wan):
         known, mask = first.shape[2], x_t.new_zeros(b, 1, f, h, w, dtype=dtype)
         level = sigma.float().view(b, 1, 1, 1, 1).repeat(1, 1, f, 1, 1)
         level[:, :, :known], mask[:, :, :known] = 1e-4, 1
-        v = self.transformer(
-            torch.cat([first, x_t[:, :, known:]], dim=2).to(dtype),
-            level,
-            cond["text"].to(dtype),
-            condition_mask=mask,
-            padding_mask=mask.new_zeros(1, 1, h, w),
-            return_dict=False,
-        )[0].float()
+        x = torch.cat([first, x_t[:, :, known:]], dim=2).to(dtype)
+        masks = {"condition_mask": mask, "padding_mask": mask.new_zeros(1, 1, h, w)}
+        v = self.transformer(x, level, cond["text"].to(dtype), **masks, return_dict=False)[0].float()
         return torch.cat([(x_t[:, :, :known] - first) / sigma.view(b, 1, 1, 1, 1), v[:, :, known:]], dim=2)
 
-    @staticmethod
-    def text_length(folder):
-        """512, whatever the prompt: the network reads its padding too."""
-        return 512
-
     @classmethod
-    def text_encoder(cls, folder, device):
-        """A function: list of n prompts -> list of n projected embeddings [512, d] on the CPU."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with readable(folder / "text_encoder"):
-            encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype)
-        projection = {}
-        for path in sorted((folder / "transformer").glob("*.safetensors")):
-            with readable(path), safe_open(path, framework="pt") as file:
+    def text_embedder(cls, folder, tokenizer, encoder):
+        """A function: n prompts -> projected embeddings [n, 512, d]: the network reads the padding too."""
+        parts, projection = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder), {}
+        for path in (folder / "transformer").glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
                 for name in {"crossattn_proj.0.weight", "crossattn_proj.0.bias"} & set(file.keys()):
-                    projection[name.rpartition(".")[2]] = file.get_tensor(name).to(device, dtype)
-        parts = SimpleNamespace(tokenizer=cls.tokenizer(folder), text_encoder=encoder.to(device))
+                    projection[name.rpartition(".")[2]] = file.get_tensor(name).to(encoder.device, encoder.dtype)
 
-        @torch.no_grad()
-        def encode(prompts):
-            text = Cosmos2_5_PredictBasePipeline._get_prompt_embeds(parts, prompts, device=device, dtype=dtype)
-            text = F.linear(text, projection["weight"], projection["bias"])
-            return list(F.gelu(text).cpu())
+        def embed(prompts):
+            text = Cosmos2_5_PredictBasePipeline._get_prompt_embeds(parts, prompts, device=encoder.device)
+            return F.gelu(F.linear(text, **projection))
 
-        return encode
+        return embed
 
 
-class CosmosI2V(Cosmos):
-    conditions = staticmethod(Wan5BI2V.conditions)
-    first_latent = staticmethod(Wan5BI2V.first_latent)
-    image_encoder = staticmethod(Wan5BI2V.image_encoder)
+class CosmosI2V(FirstFrame, Cosmos):
+    """Reads the first frame as Wan 2.2 5B does."""

@@ -1,73 +1,77 @@
-"""A teacher's folder: downloaded if it has to be, and whole."""
+"""A teacher's folder: downloaded if it has to be, whole, and of a family that models/ has."""
 
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from models.presets import I2V, PRESETS, TINY_WORLD
+from models.presets import PRESETS, TINY_WORLD, family_name
 from training.files import FLOATS, UserError, read_json, readable
 
-PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
 
 def check_name(teacher):
-    """Raise one line for a teacher that is neither a name nor a folder."""
-    folder = teacher.removesuffix(":i2v")
-    if teacher in PRESETS or (Path(folder) / "model_index.json").is_file():
-        return
-    meant = [n for n, p in PRESETS.items() if n == f"{folder}-i2v" or p.source.partition("@")[0] == folder]
-    if meant or not Path(folder).is_dir():
-        known = f"do you mean {meant[0]}?" if meant else f"use a folder in the diffusers layout or {', '.join(PRESETS)}"
-        raise UserError(f"unknown teacher {teacher!r}, and no such folder: {known}")
-    raise UserError(
-        f"{folder} has no model_index.json: not the diffusers layout (of Wan, repositories named …-Diffusers)"
-    )
+    """UserError for a teacher that is neither a name nor a folder in the diffusers layout."""
+    if teacher not in PRESETS and not (Path(teacher.removesuffix(":i2v")) / "model_index.json").is_file():
+        known = f"neither a folder with a model_index.json (the diffusers layout) nor one of {', '.join(PRESETS)}"
+        raise UserError(f"unknown teacher {teacher!r}: {known}")
+
+
+def family_of(name):
+    """The class of such a name ("wan.Wan"). Imported late: --help need not wait for diffusers."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    file, _, cls = name.partition(".")
+    return getattr(import_module(f"models.{file}"), cls)
+
+
+def causal(family, frames, frame_block):
+    """The class of a family's causal student that makes so many of its latent frames at a time, or UserError."""
+    if frames % frame_block or family.__name__ != "Wan":
+        only = f"only Wan 2.1 text-to-video has a causal student, and its blocks divide the {frames} latent frames"
+        raise UserError(f"--frame-block {frame_block}: {only}")
+    return import_module("models.wan_causal").CausalWan
 
 
 def teacher_folder(teacher):
-    """Local folder of a teacher in the diffusers layout, downloaded once if it is on the Hub, whose weights are whole.
+    """Local folder of a teacher in the diffusers layout, downloaded once if it is on the Hub; UserError unless its
+    weights are whole, of full precision, and those of its family's classes.
 
     teacher: a name in PRESETS, or a folder, with :i2v after it for the image-to-video of one that does both.
     """
     check_name(teacher)
-    folder = source = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
+    folder = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
     if teacher in PRESETS and teacher not in TINY_WORLD:
-        repository, _, revision = source.partition("@")
-        patterns = ["model_index.json", "README.md", *(f"{part}/*" for part in PARTS)]
-        try:  # the Hub's client locks, so that one process of a machine downloads
-            folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-        except Exception as error:  # it raises a dozen kinds for "no network", "no access", "no space"
-            version = f" --revision {revision}" if revision else ""
-            raise UserError(
-                f"cannot get {source} ({type(error).__name__}). Offline: run `hf download {repository}{version} "
-                f"--local-dir DIR` where there is a network, copy DIR here and pass --teacher DIR"
-                f"{':i2v' if PRESETS[teacher].kind.endswith(I2V) else ''}"
-            ) from None
+        repository, _, revision = folder.partition("@")
+        patterns = [f"{part}/*" for part in (*WEIGHTS, "tokenizer", "image_processor")]
+        patterns += ["model_index.json", "README.md"]
+        # the Hub's client locks, so that one process of a machine downloads
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
-    for part in PARTS:
-        needed = part in ("transformer", "vae", "text_encoder", "tokenizer") or (index.get(part) or [None])[0]
-        if needed and not (folder / part).is_dir():
-            raise UserError(f"{folder} has no {part}/ folder: not a complete copy in the diffusers layout")
-        if needed and part not in ("tokenizer", "image_processor") and not (folder / part / "config.json").is_file():
-            raise UserError(f"{folder / part} has no config.json: not a complete copy in the diffusers layout")
-        files = sorted((folder / part).glob("*.safetensors"))
-        if needed and not files and part not in ("tokenizer", "image_processor"):
-            raise UserError(f"{folder / part} holds no *.safetensors: not a complete copy, download it again")
-        if any(".fp16." in file.name for file in files):
-            raise UserError(f"{folder / part} holds an fp16 variant, which is not read: leave the full-precision files")
-        if len(files) > 1 and not any((folder / part).glob("*.index.json")):
-            raise UserError(
-                f"{folder / part} holds {len(files)} files of weights and no index: leave the one that counts"
-            )
+    index, family = read_json(folder / "model_index.json"), family_of(family_name(folder, teacher))
+    for part, cls in (("transformer", family.transformer_class), ("vae", family.vae_class)):
+        if (found := (index.get(part) or [None])[-1]) != cls.__name__:
+            raise UserError(f"{folder} has a {found} in {part}/, and {family.__name__} reads {cls.__name__}")
+    for part in WEIGHTS:
+        files, needed = sorted((folder / part).glob("*.safetensors")), (index.get(part) or [None])[0]
+        names = ", ".join(file.name for file in files)
+        unclear = len(files) > 1 and not any((folder / part).glob("*.index.json"))
+        if unclear or ".fp16." in names or (needed and not files):
+            rule = "the full-precision weights, whole, must be there and nothing else"
+            raise UserError(f"{folder / part} holds {names or 'no *.safetensors'}: {rule}")
         for path in files:  # each is as long as its header says
             with readable(path), safe_open(path, framework="pt") as file:
                 kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS
             if kinds:
                 raise UserError(f"{path} holds {', '.join(sorted(kinds))} weights: get those that were not quantised")
     vae = read_json(folder / "vae" / "config.json")
-    for name in ("latents_mean", "latents_std"):
-        if not isinstance(vae.get(name), list) or len(vae[name]) != vae.get("z_dim"):
+    for name in ("latents_mean", "latents_std"):  # else the class has defaults, those of another VAE
+        if len(vae.get(name) or ()) != vae.get("z_dim"):
             raise UserError(f"{folder}/vae/config.json has no {name} for each of its z_dim channels: download it again")
     return folder

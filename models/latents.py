@@ -1,31 +1,24 @@
 """Video and normalised latents: what all families' VAEs have in common, a mean and a deviation for each channel."""
 
-import math
-
 import torch
 
 from training.files import UserError
 
 
 def latent_shape(config, vae, frames, height, width):
-    """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; one line if it has none.
+    """Latent shape (c, f, h, w) and patch size (f, h, w) of a video of that many pixels; UserError if it has none.
 
     config and vae are the dicts of the transformer's and the VAE's config.json.
     """
     time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    patch = config.get("patch_size", (1, 2, 2))
-    for name, size, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
-        if size < step or size % step:
-            raise UserError(f"--{name} must be a multiple of {step} for this teacher, got {size}")
-    if frames < 1 or (frames - 1) % time:
-        raise UserError(f"--frames must be 1 + a multiple of {time} for this teacher, got {frames}")
-    channels = config.get("out_channels") or config.get("in_channels", 16)
-    shape = (channels, (frames - 1) // time + 1, height // space, width // space)
-    longest, limit = max(n // p for n, p in zip(shape[1:], patch)), config.get("rope_max_seq_len", math.inf)
-    if longest > limit:
-        size = f"{frames} frames of {height} x {width} are {longest} patches along one side"
-        raise UserError(f"{size}; this teacher's rotary embedding has {limit}: see --frames, --height, --width")
-    return shape, patch
+    patch = config["patch_size"]
+    patch = patch if isinstance(patch, (list, tuple)) else (1, patch, patch)  # an image model's is one number
+    if (frames - 1) % time or height % (space * patch[1]) or width % (space * patch[2]):
+        needs = f"1 + a multiple of {time}, and multiples of {space * patch[1]} and {space * patch[2]}"
+        raise UserError(
+            f"--frames, --height, --width must be {needs} for this teacher, got {frames}, {height}, {width}"
+        )
+    return (config["out_channels"], (frames - 1) // time + 1, height // space, width // space), patch
 
 
 def latent_statistics(vae):

@@ -1,4 +1,4 @@
-"""What other teachers change of the scripts' flags, whose defaults are for Wan2.1-1.3B: {teacher: {script: {flag: value}}}.
+"""What other teachers change of the scripts' flags (made for Wan2.1-1.3B): {teacher: {script: {flag: value}}}.
 
 A teacher without a row for a script takes that of the teacher that presets.py calls `like` it. Frames, height and width
 are the size that the teacher is made for. What no source is named for is ours, and untried on that teacher.
@@ -6,13 +6,13 @@ are the size that the teacher is made for. What no source is named for is ours, 
 
 from models.presets import PRESETS, most_like
 
-CODMD_14B = {  # CoDMD's 14B config, on 32 GPUs; the blocks at the places that FastGen reads in 1.3B
+BLOCKS_14B = {"discriminator_blocks": (21, 30, 39)}  # FastGen on Wan 14B
+CODMD_14B = BLOCKS_14B | {  # CoDMD's 14B config, on 32 GPUs
     "grad_accum": 4,
     "lr": 4e-6,
     "fake_score_lr": 8e-7,
     "shift": 5.0,
     "student_sigmas": (1.0, 0.937, 0.833, 0.624),
-    "discriminator_blocks": (20, 29, 39),
 }
 ONE_STEP_14B = {"grad_accum": 4, "lr": 4e-6, "fake_score_lr": 4e-6, "shift": 5.0}  # CoDMD's, both networks alike
 TINY = {
@@ -37,25 +37,30 @@ RECIPES = {
     "wan2.1-14b": {
         "dmd": ONE_STEP_14B,
         "dmd2": CODMD_14B,
-        "dfd": {"discriminator_blocks": (20, 29, 39)},  # the paper has no 14B: that of 1.3B
+        "dfd": BLOCKS_14B,  # the paper has no 14B: that of 1.3B
         "codmd": CODMD_14B | {"sample_relation": 1.0},  # relates 32 samples there, 8 here
-        "phased_dmd": {"discriminator_blocks": (20, 29, 39)},
+        "phased_dmd": BLOCKS_14B,
         "ode_init": ONE_STEP_14B | {"student_sigmas": (1.0, 0.937, 0.833, 0.624)},
     },
     "wan2.2-a14b": {  # Phased DMD's: phase 1 is scored by the high-noise experts alone (clamped there, drawn so here)
-        "phased_dmd": {"score_ends": (0.875, 0.0), "discriminator_blocks": (20, 29, 39)},
+        "phased_dmd": BLOCKS_14B | {"score_ends": (0.875, 0.0)},
     },
     "wan2.2-i2v-a14b": {
-        "phased_dmd": {"score_ends": (0.9, 0.0), "discriminator_blocks": (20, 29, 39)},
+        "phased_dmd": BLOCKS_14B | {"score_ends": (0.9, 0.0)},
     },
     "cosmos2.5-2b": {
-        "dmd2": {  # FastGen's, but for its first level .999, x0-space fake score, and the teacher's features
+        # FastGen's CosmosPredict2/config_dmd2.py at 720p; its 480p version before had guidance 3. Otherwise there: the
+        # fake score's loss in x0 space, a discriminator of weight 1 on the frozen teacher's features, an ODE sampler,
+        # and noise levels drawn within .001 to .999 before the shift
+        "dmd2": {
             "lr": 1e-5,
             "fake_score_lr": 1e-5,
+            "ema_decay": 0.0,
             "guidance_scale": 4.0,
             "shift": 5.0,
             "score_sigmas": (0.001, 0.999),
-            "student_sigmas": (1.0, 0.937, 0.833, 0.624),
+            "student_sigmas": (0.999, 0.937, 0.833, 0.624),
+            "student_input": "data",
             "gan_weight": 0.03,
             "discriminator_blocks": (13, 20, 27),
         },

@@ -1,18 +1,15 @@
 """Wan 2.1 text-to-video. cond = {"text": [b, l, d]}, zero beyond each prompt's end, as WanPipeline pads it."""
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from models.latents import latent_shape
-from training.files import read_json, readable
+from training.files import read_json
 
 
 class Wan(nn.Module):
-    shapes = staticmethod(latent_shape)
-    transformer_class, vae_class = WanTransformer3DModel, AutoencoderKLWan
+    transformer_class, vae_class, text_encoder_class = WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel
     parts = ("transformer",)
     text_dim, text_parts = "text_dim", ("text_encoder",)
     lora_layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -51,17 +48,18 @@ class Wan(nn.Module):
                 hook.remove()
         return v, [features[i] for i in blocks]
 
+    def velocity(self, x_t, sigma, cond):
+        dtype = self.transformer.patch_embedding.weight.dtype
+        timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936
+        embeddings = [cond[key].to(dtype) for key in ("text", "features") if key in cond]  # the second is WanI2V's
+        return self.transformer(x_t.to(dtype), timestep, *embeddings, return_dict=False)[0].float()
+
     def chunks(self, x_t):
         """The parts of a video [b, c, f, h, w] that are denoised one after another: here it is one."""
         return [x_t]
 
     def update_cache(self, x0, cond):
-        """Take note of a clean part, for those that follow."""
-
-    def velocity(self, x_t, sigma, cond):
-        dtype = self.transformer.patch_embedding.weight.dtype
-        timestep = 1000 * sigma.float()  # stays float32: bf16 would round 937 to 936
-        return self.transformer(x_t.to(dtype), timestep, cond["text"].to(dtype), return_dict=False)[0].float()
+        """A causal student's keys and values of a clean part, for the parts that follow: here there are none."""
 
     @staticmethod
     def conditions(config, shape):
@@ -75,24 +73,23 @@ class Wan(nn.Module):
 
     @staticmethod
     def tokenizer(folder):
-        """The text encoder's tokenizer, of transformers."""
-        with readable(folder / "tokenizer"):
-            return AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     @classmethod
     def text_encoder(cls, folder, device):
-        """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with readable(folder / "text_encoder"):
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
-        tokenizer, length = cls.tokenizer(folder), cls.text_length(folder)
+        """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU, without padding."""
+        dtype, length = torch.bfloat16 if device.type == "cuda" else torch.float32, cls.text_length(folder)
+        encoder = cls.text_encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+        embed = cls.text_embedder(folder, cls.tokenizer(folder), encoder)
 
         @torch.no_grad()
         def encode(prompts):
-            prompts = [prompt_clean(prompt) for prompt in prompts]
-            ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            mask = ids.attention_mask.to(device)
-            text = encoder(ids.input_ids.to(device), mask).last_hidden_state
-            return [row[: int(n)].cpu().contiguous() for row, n in zip(text, mask.sum(1), strict=True)]
+            return [row[row.any(dim=-1)][:length].cpu() for row in embed(prompts)]
 
         return encode
+
+    @classmethod
+    def text_embedder(cls, folder, tokenizer, encoder):
+        """A function: n prompts -> embeddings [n, tokens, d], with zeros as padding, as the stock pipeline has them."""
+        pipe, length = WanPipeline(tokenizer, encoder, vae=None, scheduler=None), cls.text_length(folder)
+        return lambda prompts: pipe._get_t5_prompt_embeds(prompts, max_sequence_length=length)

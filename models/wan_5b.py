@@ -10,20 +10,8 @@ from models.latents import encode
 from models.wan import Wan
 
 
-class Wan5B(Wan):
-    fps = 24
-
-
-class Wan5BI2V(Wan5B):
-    def velocity(self, x_t, sigma, cond):
-        dtype, (_, ph, pw) = self.transformer.patch_embedding.weight.dtype, self.transformer.config.patch_size
-        first, (_, _, f, h, w) = cond["first"], x_t.shape
-        level = sigma.float()[:, None].repeat(1, f)
-        level[:, 0] = 0
-        timestep = 1000 * level.repeat_interleave(h // ph * (w // pw), dim=1)  # one per token
-        x = torch.cat([first, x_t[:, :, 1:]], dim=2).to(dtype)
-        v = self.transformer(x, timestep, cond["text"].to(dtype), return_dict=False)[0].float()
-        return torch.cat([(x_t[:, :, :1] - first) / sigma.view(-1, 1, 1, 1, 1), v[:, :, 1:]], dim=2)
+class FirstFrame:
+    """Image-to-video of a network that reads the first latent frame as it is."""
 
     @staticmethod
     def conditions(config, shape):
@@ -38,3 +26,17 @@ class Wan5BI2V(Wan5B):
     def image_encoder(folder, vae, frames):
         """A function: first frames [b, 3, 1, h, w] in [0, 1] -> what cond holds of them."""
         return lambda images: {"first": encode(vae, images)}
+
+
+class Wan5B(Wan):
+    fps = 24
+
+
+class Wan5BI2V(FirstFrame, Wan5B):
+    def velocity(self, x_t, sigma, cond):
+        (_, ph, pw), first, (*_, f, h, w) = self.transformer.config.patch_size, cond["first"], x_t.shape
+        level = sigma.float()[:, None].repeat(1, f)
+        level[:, 0] = 0
+        tokens = level.repeat_interleave(h // ph * (w // pw), dim=1)  # a noise level for each
+        v = super().velocity(torch.cat([first, x_t[:, :, 1:]], dim=2), tokens, cond)
+        return torch.cat([(x_t[:, :, :1] - first) / sigma.view(-1, 1, 1, 1, 1), v[:, :, 1:]], dim=2)

@@ -12,17 +12,16 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanR
 from models.wan import Wan
 
 
-class Angles(tuple):
-    """(cos, sin) [tokens, d] of a call's frames, and what its layers need beside them: `past`, for each layer the pairs
-    of keys and values [b, tokens, heads, d] of the blocks before, and `new`, a list that takes this call's, or None.
-
-    They travel as an argument of the blocks: kept on a module, a block that gradient checkpointing computes again would
-    read a longer past than the first time.
-    """
-
-
 class CausalRope(WanRotaryPosEmbed):
-    """The rotary embedding of frames that come after `start` others."""
+    """The rotary embedding of frames that come after `start` others: (cos, sin, past, new), where
+
+    cos, sin  [tokens, d], of these frames
+    past      for each layer pairs of keys and values [b, tokens, heads, d], of the blocks before
+    new       a list that takes the keys and values of this call, or None
+
+    The last two travel to the layers as an argument: kept on a module, a transformer block that gradient checkpointing
+    computes again would read a longer past than the first time.
+    """
 
     start, past, new = 0, (), None
 
@@ -30,14 +29,12 @@ class CausalRope(WanRotaryPosEmbed):
         b, c, f, h, w = x.shape
         whole = super().forward(x.new_empty(()).expand(b, c, self.start + f, h, w))
         tokens = f * (h // self.patch_size[1]) * (w // self.patch_size[2])
-        angles = Angles(angle[0, -tokens:, 0] for angle in whole)
-        angles.past, angles.new = self.past, self.new
-        return angles
+        return *(angles[0, -tokens:, 0] for angles in whole), self.past, self.new
 
 
-def rotated(x, angles):
+def rotated(x, cos, sin):
     """x [b, tokens, heads, d] turned by the angles of its tokens, in the precision of the stock attention."""
-    (cos, sin), (even, odd) = (angle[None, :, None, 0::2] for angle in angles), (x[..., 0::2], x[..., 1::2])
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos[None, :, None, 0::2], sin[None, :, None, 0::2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).type_as(x)
 
@@ -50,13 +47,14 @@ class CausalAttention(WanAttnProcessor):
         self.layer = layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        *angles, past, new = rotary_emb
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        query, key = rotated(query, rotary_emb), rotated(key, rotary_emb)
-        if rotary_emb.new is not None:
-            rotary_emb.new.append((key, value))
-        if rotary_emb.past:  # joined here, so that all blocks share what a backward keeps of the past
-            key, value = (torch.cat(parts, dim=1) for parts in zip(*rotary_emb.past[self.layer], (key, value)))
+        query, key = rotated(query, *angles), rotated(key, *angles)
+        if new is not None:
+            new.append((key, value))
+        if past:  # joined here, so that all blocks share what a backward keeps of the past
+            key, value = (torch.cat(parts, dim=1) for parts in zip(*past[self.layer], (key, value)))
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
@@ -74,7 +72,7 @@ class CausalWan(Wan):
 
     def chunks(self, x_t):
         rope, self.frames = self.transformer.rope, x_t.shape[2]
-        rope.start, rope.past, rope.new = 0, (), None
+        rope.start, rope.past = 0, ()
         return x_t.split(self.frame_block, dim=2)
 
     @torch.no_grad()
@@ -83,11 +81,8 @@ class CausalWan(Wan):
         rope, f = self.transformer.rope, x0.shape[2]
         if rope.start + f == self.frames:  # nothing follows
             return
-        rope.new = []
-        try:
-            self(x0, x0.new_zeros(len(x0)), cond)
-            past, blocks = rope.past or [()] * len(rope.new), -(-self.kept_frames // self.frame_block)
-            rope.past = [(*before, own)[-blocks:] for before, own in zip(past, rope.new)]
-            rope.start += f
-        finally:
-            rope.new = None
+        rope.new = new = []
+        self(x0, x0.new_zeros(len(x0)), cond)
+        past, blocks = rope.past or [()] * len(new), -(-self.kept_frames // self.frame_block)
+        rope.past, rope.new = [(*before, own)[-blocks:] for before, own in zip(past, new)], None
+        rope.start += f

@@ -22,19 +22,19 @@ class WanExperts(Wan):
         return [*self.transformer.blocks, *self.transformer_2.blocks]
 
     def forward(self, x_t, sigma, cond, blocks=()):
+        experts = [self.expert(transformer) for transformer in (self.transformer, self.transformer_2)]
         if sigma.is_meta:  # what a forward costs: a sample needs one expert
-            return self.expert(self.transformer)(x_t, sigma, cond, blocks)
+            return experts[0](x_t, sigma, cond, blocks)
         high = sigma >= self.boundary
         needed = torch.stack([high.any(), ~high.all()]).int()
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
         total = None
-        for transformer, mine, run in zip((self.transformer, self.transformer_2), (high, ~high), needed.tolist()):
+        for expert, mine, run in zip(experts, (high, ~high), needed.tolist()):
             if not run:
                 continue
             # where none of this rank's samples is this expert's, it runs on the first, for nothing
-            rows = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(needed[:1], dtype=torch.long)
-            own = {key: x[rows] for key, x in cond.items()}
-            v, features = self.expert(transformer)(x_t[rows], sigma[rows], own, blocks)
+            rows = mine.nonzero()[:, 0] if mine.any() else needed.new_zeros(1, dtype=torch.long)
+            v, features = expert(x_t[rows], sigma[rows], {key: x[rows] for key, x in cond.items()}, blocks)
             parts = []
             for part in (v, *features):
                 weight = mine[rows].view(-1, *[1] * (part.ndim - 1)).to(part.dtype)

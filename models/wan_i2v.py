@@ -12,25 +12,14 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 from models.images import to_pil
 from models.latents import encode
 from models.wan import Wan
-from training.files import UserError, readable
 
 
 class WanI2V(Wan):
     def velocity(self, x_t, sigma, cond):
-        dtype = self.transformer.patch_embedding.weight.dtype
-        x_t = torch.cat([x_t, cond["image"]], dim=1).to(dtype)
-        features = cond["features"].to(dtype) if "features" in cond else None
-        text, timestep = cond["text"].to(dtype), 1000 * sigma.float()
-        return self.transformer(x_t, timestep, text, features, return_dict=False)[0].float()
+        return super().velocity(torch.cat([x_t, cond["image"]], dim=1), sigma, cond)
 
     @staticmethod
     def conditions(config, shape):
-        if config.get("pos_embed_seq_len"):
-            raise UserError("this teacher makes a video between a first and a last frame, which no family here does")
-        if config["in_channels"] != 2 * shape[0] + 4:
-            raise UserError(
-                f"its network takes {config['in_channels']} channels, and image-to-video is {2 * shape[0] + 4}"
-            )
         features = {"features": (257, config["image_dim"])} if config.get("image_dim") else {}
         return {"image": (shape[0] + 4, *shape[1:]), **features}
 
@@ -42,11 +31,9 @@ class WanI2V(Wan):
     @staticmethod
     def image_encoder(folder, vae, frames):
         """A function: first frames [b, 3, 1, h, w] in [0, 1] -> what cond holds of them, for clips of that length."""
-        clip = None
-        if (folder / "image_encoder").is_dir():
-            with readable(folder / "image_encoder"):
-                clip = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=vae.dtype).to(vae.device)
-                processor = AutoImageProcessor.from_pretrained(folder / "image_processor")
+        if clip := (folder / "image_encoder").is_dir():
+            clip = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=vae.dtype).to(vae.device)
+            processor = AutoImageProcessor.from_pretrained(folder / "image_processor")
 
         @torch.no_grad()
         def encoder(images):

@@ -1,71 +1,48 @@
-"""experiments/: the figures of clips that are known, a small table, the controls, and which runs can be sampled."""
+"""experiments/: the figures of clips that are known, a small table, the variants, and which runs can be sampled."""
 
-import fcntl
+import csv
 import importlib
 import json
 import math
-import shutil
-import threading
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
 from PIL import Image
-from safetensors.torch import load_file
 
-import codmd
 import common
-import dfd
-import dmd
 import dmd2
 import phased_dmd
-from experiments import evidence, evidence_runs, finetune, vanilla
-from models.presets import PRESETS
-from tests.conftest import ROOT, only_run, same, small_args, stopped, student_weights
+from experiments import evidence, evidence_runs, variant
+from tests.conftest import ROOT, only_run, same, small_args, student_weights
 from tests.exact import COND, ScaleShift, draws
 from tiny import measures
 from tiny import world as tiny
-from training.finished import load_run, noise_levels, students_of
-from training.flags import check_flags, with_recipe
-from training.run import Run
+from training.finished import load_run, students_of
+from training.flags import with_recipe
+
+QUICK = {"seeds": 1, "repeats": 1, "teacher_steps": (1,)}
 
 
-def clips_of(seed, seeds=8):
-    captions = [caption for caption in tiny.EXAMPLES for _ in range(seeds)]
-    return tiny.batch(seed, range(len(captions)), captions)[0].unflatten(0, (len(tiny.EXAMPLES), seeds))
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return measures.read_factors(tiny.batch(1, range(1024))[0])
-
-
-def test_data_measures_as_data(reference):
-    row = evidence.measure(clips_of(5), reference)
+def test_data_measures_as_data_and_collapse_and_drift_show():
+    reference = measures.read_factors(tiny.batch(1, range(256))[0])
+    captions = [caption for caption in tiny.EXAMPLES for _ in range(4)]
+    clips = tiny.batch(5, range(48), captions)[0].unflatten(0, (12, 4))
+    row = evidence.measure(clips, reference)
     assert row["right"] == 100 and row["clipped"] == 0
-    assert row["distance"] < 0.15 and row["looks"] > 0.7 and row["motions"] > 0.7
-    low, high = tiny.RANGES["background"]
-    assert row["background"] == pytest.approx((low + high) / 2, abs=0.03)
-
-
-def test_collapse_and_drift_show(reference):
-    clips, row = clips_of(5), evidence.measure(clips_of(5), reference)
-    one_each = clips[:, :1].expand_as(clips)
-    collapsed = evidence.measure(one_each, reference)
-    assert collapsed["diversity"] == 0
-    assert collapsed["looks"] == collapsed["motions"] == 0
+    assert row["distance"] < 0.2 and row["looks"] > 0.5 and row["motions"] > 0.5
+    collapsed = evidence.measure(clips[:, :1].expand_as(clips), reference)
+    assert collapsed["diversity"] == collapsed["looks"] == collapsed["motions"] == 0
     assert collapsed["position"] == pytest.approx(0, abs=1e-4)
     brighter = evidence.measure(clips * 1.1, reference)
     assert brighter["distance"] > row["distance"] + 0.05 and brighter["right"] == 100
     wrong = evidence.measure(clips.roll(1, dims=0), reference)
     # what is said of the last caption's clips is now said of the first's, and so on: true of some by chance
-    before = [caption for caption in [tiny.EXAMPLES[-1], *tiny.EXAMPLES[:-1]] for _ in range(8)]
-    shown = [tiny.draw_factors(5, (i - 8) % 96, caption) for i, caption in enumerate(before)]
-    said = [tiny.NAMED[caption] for caption in tiny.EXAMPLES for _ in range(8)]
-    fits = [all(factors[name] == named[name] for name in named) for factors, named in zip(shown, said)]
-    assert 0 < sum(fits) < 48 and wrong["right"] == pytest.approx(100 * sum(fits) / 96)
-    assert wrong["diversity"] == pytest.approx(row["diversity"])
+    shown = [tiny.draw_factors(5, i % 48, captions[i % 48]) for i in range(-4, 44)]
+    fits = [all(factors[k] == v for k, v in tiny.NAMED[said].items()) for factors, said in zip(shown, captions)]
+    assert 0 < sum(fits) < 24 and wrong["right"] == pytest.approx(100 * sum(fits) / 48)
     assert math.isnan(evidence.measure(torch.zeros_like(clips), reference)["distance"])
 
 
@@ -74,162 +51,88 @@ def test_wasserstein_of_a_shift_is_the_shift():
     assert evidence.wasserstein(x + 0.3, x) == pytest.approx(0.3, abs=1e-5)
 
 
-def test_a_small_table(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_small_table(tmp_path, fails):
+    """Two seeds of a row, and a variant."""
     for seed in (0, 1):
-        dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0, seed=seed))
-    first = sorted(tmp_path.glob("dmd2__*"))[0]
-    for data_prob in (0.5, 1.0):
-        dfd.main(small_args(dfd, runs_dir=tmp_path / str(data_prob), steps=1, data_prob=data_prob, init=str(first)))
-    finetune.main(small_args(dfd, runs_dir=tmp_path, steps=6, init=str(first)))
-    runs = [str(path) for path in sorted(tmp_path.glob("d*__*")) + sorted(tmp_path.glob("*/dfd__*"))]
-    runs += [str(path) for path in tmp_path.glob("finetune__*")]
-    evidence.main(evidence.Args(runs=tuple(runs), seeds=2, repeats=2, teacher_steps=(2,), out=tmp_path / "out"))
-    table, _, below = (tmp_path / "out" / "table.md").read_text().partition("\n\n")
-    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
-    assert [(name.strip(), int(seeds)) for name, seeds in rows] == [
-        ("data", 2),
-        ("teacher, 2 steps, guidance 2", 2),
-        ("teacher, 2 steps, guidance 1", 2),
-        ("DMD2, 4 steps", 2),
-        ("+ DFD, 4 steps", 1),
-        ("+ DFD, 4 steps, data_prob 1.0", 1),
-        ("+ finetune.py, 4 steps", 1),
-    ]
-    parent = "from (dmd2.py, 2 training steps, batch_size 2, gan_weight 0.0)"
-    assert below.splitlines() == [
-        '- "DMD2, 4 steps": dmd2.py, 2 training steps, batch_size 2, gan_weight 0.0',
-        f'- "+ DFD, 4 steps": dfd.py, 1 training steps, batch_size 2, {parent}',
-        f'- "+ DFD, 4 steps, data_prob 1.0": dfd.py, 1 training steps, batch_size 2, data_prob 1.0, {parent}',
-        f'- "+ finetune.py, 4 steps": finetune.py, 6 training steps, batch_size 2, {parent}',
-    ]
-    with Image.open(tmp_path / "out" / "clips.webp") as moving:
-        assert moving.n_frames == tiny.FRAMES and moving.info["loop"] == 0
-    assert (tmp_path / "out" / "sheet.png").stat().st_size > 10_000
-    (tuned,) = tmp_path.glob("finetune__*")
-    assert (tuned / "finetune.py").is_file()
-    exported = "student/transformer/diffusion_pytorch_model.safetensors"
-    before, after = (load_file(next(run.glob(f"checkpoints/*/{exported}"))) for run in (first, tuned))
-    assert not same(before, after)
+        dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, seed=seed))
+    (first, second), script = sorted(tmp_path.glob("dmd2__*")), variant.load("regression")
+    script.main(small_args(script, runs_dir=tmp_path, steps=1, init=str(first)))
+    tuned = only_run(tmp_path, script)
+    runs, out = tuple(map(str, (first, second, tuned))), tmp_path / "out"
+    evidence.main(evidence.Args(runs=runs, names=("DMD2", "DMD2", "+ regression"), out=out, **QUICK))
+    rows = [line.strip("|").split("|") for line in (out / "table.md").read_text().splitlines()]
+    names = "data", "teacher, 1 steps, guidance 2", "teacher, 1 steps, guidance 1", "DMD2", "+ regression"
+    assert [(row[0].strip(), int(row[1])) for row in rows[2:]] == list(zip(names, (1, 1, 1, 2, 1)))
+    figures = [row for row in csv.DictReader(open(out / "figures.csv")) if row["name"] == "DMD2"]
+    assert [(row["run"], row["seed"]) for row in figures] == [(runs[0], "0"), (runs[1], "1")]
+    mean = sum(float(row["right"]) for row in figures) / 2
+    assert float(rows[5][2].split("±")[0]) == pytest.approx(mean, rel=0.01)
+    with Image.open(out / "clips.webp") as moving:
+        assert moving.n_frames == tiny.FRAMES
+    path = second / "checkpoints" / "step_0000001" / "args.json"
+    path.write_text(path.read_text().replace('"tiny"', '"tiny-i2v"'))
+    fails(lambda: evidence.main(evidence.Args(runs=runs, out=out)), "one tiny teacher", "tiny-i2v")
 
 
-def test_image_to_video_has_its_first_frame(tmp_path):
-    """The column is there, rounding for data, and no student can lose what the velocity holds to the image."""
+@pytest.mark.slow
+def test_an_image_fixes_the_look_and_leaves_directions_open(tmp_path):
     dmd2.main(small_args(dmd2, teacher="tiny-i2v", runs_dir=tmp_path, steps=1, gan_weight=0.0))
-    run, out = str(next(tmp_path.glob("dmd2__*"))), tmp_path / "out"
-    evidence.main(evidence.Args(runs=(run,), seeds=2, repeats=2, teacher_steps=(1,), out=out))
-    rows = [line.strip("|").split("|") for line in (out / "table.md").read_text().partition("\n\n")[0].splitlines()]
-    assert rows[0][-1].strip() == "first frame, error"
-    data, *others = (float(row[-1].split("±")[0]) for row in rows[2:])
-    assert data < 1e-6 and all(0.001 < error < 0.01 for error in others)
-    spread = dict(zip((cell.strip() for cell in rows[0]), rows[2]))["motions"]
-    assert float(spread.split("±")[1]) > 0, "another draw of continuations for each sampling seed"
-
-
-def test_labels_say_what_tells_rows_apart():
-    rows = [("DMD2, 4 steps", "dmd2.py", f"{n} training steps", "batch_size 2") for n in (200, 500)]
-    rows += [(*rows[1], "not averaged"), ("DMD, 1 step", "dmd.py", "9 training steps", "lr 0.1")]
-    assert list(evidence.labels(rows).values()) == [
-        "DMD2, 4 steps, 200 training steps",
-        "DMD2, 4 steps, 500 training steps",
-        "DMD2, 4 steps, 500 training steps, not averaged",
-        "DMD, 1 step",
-    ]
-
-
-def test_the_same_run_twice(tmp_path, fails):
-    for time in ("a", "b"):
-        dmd2.main(small_args(dmd2, runs_dir=tmp_path / time, steps=1, gan_weight=0.0))
-    runs = tuple(str(path) for path in tmp_path.glob("*/dmd2__*"))
-    fails(lambda: evidence.main(evidence.Args(runs=runs)), "the same run twice", "name one of them")
-
-
-def test_one_table_has_one_teacher(tmp_path, fails):
-    shutil.copytree(PRESETS["tiny"].source, tmp_path / "teacher")
-    for teacher in ("tiny", str(tmp_path / "teacher")):
-        flags = {"teacher": teacher, "runs_dir": tmp_path, "steps": 1, "gan_weight": 0.0, "guidance_scale": 1.0}
-        dmd2.main(small_args(dmd2, **flags))
-    runs = tuple(str(path) for path in tmp_path.glob("dmd2__*"))
-    fails(lambda: evidence.main(evidence.Args(runs=runs)), "different teachers")
-    moved = tmp_path / "moved" / Path(runs[0]).name  # from a machine with other folders
-    moved.parent.mkdir()
-    Path(runs[0]).rename(moved)
-    path = moved / "checkpoints" / "step_0000001" / "args.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"runs_dir": "/proc/nowhere"}))
-    runs = (str(moved), *runs[1:])
-    evidence.main(evidence.Args(runs=runs[:1], seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count("| teacher, 1 step, guidance 1 | 1 |") == 1  # guidance 1 is no second row of these runs
-    (tmp_path / "file").touch()
-    fails(lambda: evidence.main(evidence.Args(runs=runs[:1], out=tmp_path / "file")), "cannot write", "--out")
-
-
-def test_a_folder_that_is_no_run(tmp_path, fails):
-    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),))), "is no run: give runs/NAME")
-    fails(lambda: evidence.main(evidence.Args(runs=())), "at least one run")
-    fails(lambda: evidence.main(evidence.Args(runs=(str(tmp_path),), seeds=0)), "--seeds", "at least 1")
-
-
-def test_noise_levels_are_those_of_the_sampler():
-    for script, levels in (
-        (dmd, [[1.0]]),
-        (codmd, [[1.0, 0.9, 0.75, 0.5]]),
-        (phased_dmd, [[1.0, 0.9], [0.75, 0.5]]),
-        (vanilla, [[1.0, 0.9, 0.75, 0.5]]),
-    ):
-        assert noise_levels(script, with_recipe(script.Args, script.RECIPES)) == levels
+    runs = (str(only_run(tmp_path, dmd2)),)
+    evidence.main(evidence.Args(runs=runs, seeds=2, repeats=1, teacher_steps=(1,), out=tmp_path))
+    data = next(csv.DictReader(open(tmp_path / "figures.csv")))
+    assert data["name"] == "data" and float(data["looks"]) == 0 < float(data["motions"])
 
 
 def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0))
+    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, ema_decay=0.5))
+    exported = student_weights(tmp_path, 1, dmd2)
     run = only_run(tmp_path, dmd2).rename(tmp_path / "the good one")
     script, args, checkpoint = load_run(run)
     assert script is dmd2 and args.student_sigmas == (1.0, 0.9, 0.75, 0.5)  # a tuple again
     assert load_run(f"{checkpoint}:raw") == (script, args, checkpoint)
-    evidence.main(evidence.Args(runs=(str(run),), seeds=1, repeats=1, teacher_steps=(1,), out=tmp_path / "out"))
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| DMD2, 4 steps | 1 |" in table and "dmd2.py, 1 training steps, batch_size 2, gan_weight 0.0" in table
-    named = {"seeds": 1, "repeats": 1, "teacher_steps": (1,), "out": tmp_path / "out"}
-    fails(lambda: evidence.main(evidence.Args(runs=(str(run),), names=("a", "b"), **named)), "--names", "2 for 1")
-    evidence.main(evidence.Args(runs=(str(run),), names=("mine",), **named))
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| mine | 1 |" in table and '- "mine": dmd2.py, 1 training steps' in table
-    path = run / "checkpoints" / "step_0000001" / "args.json"
-    record = json.loads(path.read_text())
-    for changed, words in (({"script": "os"}, "no script that is here"), ({"cfg": 1}, "does not fit today's dmd2.py")):
-        path.write_text(json.dumps(record | changed))
-        fails(lambda: load_run(run), words)
-
-
-def test_raw_is_the_student_itself(tmp_path):
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, ema_decay=0.5))
-    script, args, checkpoint = load_run(only_run(tmp_path, dmd2))
     model, device = common.Model("tiny", 9, 32, 32), common.init_distributed()  # main took the group down
     teacher = model.load_network("teacher", device)
     (average,), (raw,) = (students_of(model, device, script, args, checkpoint, raw) for raw in (False, True))
-    exported = student_weights(tmp_path, 1, dmd2)
     assert same(average.transformer.state_dict(), exported)
-    for key, value in raw.state_dict().items():  # the average went half the way
-        half = (value + teacher.state_dict()[key]) / 2
-        assert torch.allclose(average.state_dict()[key], half, atol=1e-6), key
+    for mean, own, start in zip(average.parameters(), raw.parameters(), teacher.parameters()):
+        assert torch.allclose(mean, (own + start) / 2, atol=1e-6), "the average went half the way"
+    path = checkpoint / "args.json"
+    record = json.loads(path.read_text())
+    for changed in ({"script": "os"}, {"cfg": 1}):
+        path.write_text(json.dumps(record | changed))
+        fails(lambda: load_run(run), *changed)
+    fails(lambda: load_run(tmp_path), "no run")
 
 
-def test_raw_has_its_lora_and_an_unfinished_run_with_phases_is_refused(tmp_path, monkeypatch, fails):
-    flags = {"runs_dir": tmp_path, "steps": 2, "lora_rank": 2, "student_every": 1}
-    stopped(monkeypatch, 1, lambda: phased_dmd.main(small_args(phased_dmd, **flags)))
-    unfinished = load_run(only_run(tmp_path, phased_dmd))
+@pytest.mark.slow
+def test_raw_students_have_their_lora(tmp_path):
+    phased_dmd.main(small_args(phased_dmd, runs_dir=tmp_path, steps=2, lora_rank=2, student_every=1))
     model, device = common.Model("tiny", 9, 32, 32), common.init_distributed()  # main took the group down
-    fails(lambda: students_of(model, device, *unfinished, raw=False), "1 of 2 phases are trained; finish the run")
-    phased_dmd.main(small_args(phased_dmd, **flags, resume="latest"))
-    common.init_distributed()
-    finished = load_run(only_run(tmp_path, phased_dmd))
-    merged, raw = (students_of(model, device, *finished, raw=raw) for raw in (False, True))
-    x_t, sigma, cond = torch.randn(1, *model.latent_shape), torch.tensor([0.5]), {"text": torch.randn(1, 3, 32)}
-    of = lambda network: network(x_t, sigma, cond)
+    raw = students_of(model, device, *load_run(only_run(tmp_path, phased_dmd)), raw=True)
+    inputs = torch.randn(1, *model.latent_shape), torch.tensor([0.5]), {"text": torch.randn(1, 3, 32)}
     with torch.no_grad():
-        assert len(merged) == len(raw) == 2 and torch.equal(of(merged[0]), of(raw[0]))
-        assert torch.allclose(of(merged[1]), of(raw[1]), atol=1e-4)
-        assert all("lora_" in name for name, _ in raw[1].named_parameters())
-        assert not torch.allclose(of(raw[1]), of(model.load_network("teacher", device)), atol=1e-3)
+        assert not torch.allclose(raw[1](*inputs), model.load_network("teacher", device)(*inputs), atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- variants and runs
+
+
+@pytest.mark.parametrize("name", variant.PATCHES)
+def test_a_variant_is_a_patch_of_a_few_lines_that_fits(name):
+    script, patch = variant.load(name), variant.PATCHES[name].read_text()
+    about, base, changes = re.fullmatch(r"(.+?)--- a/(\w+\.py)\n\+\+\+ b/\2\n(.+)", patch, re.DOTALL).groups()
+    assert about.strip() and 0 < len(re.findall("^[+-]", changes, re.MULTILINE)) <= 16
+    own, others = Path(script.__file__).read_text().splitlines(), (ROOT / base).read_text().splitlines()
+    assert {f"+{line}" for line in set(own) - set(others)} <= set(changes.splitlines())
+    assert script.__name__ == Path(script.__file__).stem == name and callable(script.main)
+
+
+def test_a_variants_run_keeps_its_source_and_is_found_again(tmp_path):
+    script = variant.load("regression")
+    script.main(small_args(script, runs_dir=tmp_path, steps=1, init=None))
+    run = only_run(tmp_path, script)
+    assert (run / "regression.py").read_text() == Path(script.__file__).read_text() and load_run(run)[0] is script
 
 
 def test_vanilla_gives_the_gradient_of_all_steps():
@@ -239,102 +142,46 @@ def test_vanilla_gives_the_gradient_of_all_steps():
     rng = draws("student", 64)
     first, second = rng.normal(shape), rng.normal(shape)
     x_t = 0.6 * second + 0.4 * 0.7 * first
-    for rollout, through in ((dmd2.rollout, 0), (vanilla.rollout, 1)):
+    for rollout, through in ((dmd2.rollout, 0), (variant.load("vanilla").rollout, 1)):
         x0 = rollout(student, draws("student", 64), COND, shape, (1.0, 0.6))
         assert torch.allclose(x0, 0.82 * x_t)
         (grad,) = torch.autograd.grad(x0.sum(), student.theta)
         assert grad.item() == pytest.approx((0.6 * x_t + through * 0.82 * 0.4 * first).sum().item(), rel=1e-4)
 
 
-def test_vanilla_takes_all_steps_and_keeps_its_name(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(dmd2, "rollout", dmd2.rollout)  # put back at the end, as is __file__
-    monkeypatch.setattr(dmd2, "__file__", dmd2.__file__)
-    taken, original = [], vanilla.rollout
-    monkeypatch.setattr(vanilla, "rollout", lambda *args: taken.append(args[-1]) or original(*args))
-    vanilla.main(small_args(dmd2, runs_dir=tmp_path, steps=2, gan_weight=0.0))
-    assert set(taken) == {dmd2.RECIPES["tiny"]["student_sigmas"]} and len(taken) == 3  # one student step, two others
-    (run,) = tmp_path.glob("vanilla__*")
-    script, args, _ = load_run(run)
-    words = evidence.description(script, args, 2)
-    assert (run / "vanilla.py").is_file() and words[:3] == ["vanilla.py, 4 steps", "vanilla.py", "2 training steps"]
-    fails(lambda: vanilla.main(small_args(dmd2, student_input="data")), "nothing to go back through")
-    fails(lambda: vanilla.main(small_args(dmd2, frame_block=1)), "--frame-block", "leave it out")
+def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_start():
+    names = list(evidence_runs.RUNS)
+    for name in names:
+        words, parent = evidence_runs.words_of(name)
+        at = next(i for i, word in enumerate(words) if word.startswith("--"))
+        script, *own = words[:at]
+        room = script.removesuffix(".py").replace("/", ".")
+        module = variant.load(*own) if own else importlib.import_module(room)
+        tyro.cli(module.Args, args=words[at:], default=with_recipe(module.Args, module.RECIPES))
+        assert parent in [None, *names[: names.index(name)]]
+    assert {name for rows in evidence_runs.TABLES.values() for name in rows.split()} == set(names)
 
 
-def test_what_a_run_starts_from_is_trained_before_it_and_rows_have_short_names(tmp_path, monkeypatch, fails):
+def test_what_a_run_starts_from_is_trained_before_it_and_once(tmp_path, monkeypatch):
     calls = []
 
     def call(words, **_):
-        calls.append(words)
+        calls.append(words[1:])
         if words[1] != "experiments/evidence.py":
-            name, last = (
-                Path(words[words.index("--runs-dir") + 1]),
-                f"step_{int(words[words.index('--steps') + 1]):07d}",
-            )
-            (record := name / "x__tiny__3__now" / "checkpoints" / last / "checkpoint.json").parent.mkdir(parents=True)
-            record.touch()
+            place, steps = (words[words.index(name) + 1] for name in ("--runs-dir", "--steps"))
+            checkpoint = Path(place) / "x__tiny__3__now" / "checkpoints" / f"step_{int(steps):07d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "checkpoint.json").touch()
         return 0
 
     monkeypatch.setattr(evidence_runs.subprocess, "call", call)
-    evidence_runs.main(evidence_runs.Args(tables=("causal",), seeds=(3,), runs_dir=tmp_path))
-    *trained, table = calls
-    order = [Path(words[words.index("--runs-dir") + 1]).name for words in trained]
-    assert set(order) == set(evidence_runs.TABLES["causal"]) and order.index("causal_start") < order.index("causal")
+    monkeypatch.setattr(evidence_runs.subprocess, "run", lambda words, **_: call(words))
+    for _ in range(2):  # nothing is trained twice, and the table is written again
+        evidence_runs.main(("causal",), (3,), 1, tmp_path)
+    *trained, table, again = calls
+    names = evidence_runs.TABLES["causal"].split()
+    assert [Path(words[words.index("--runs-dir") + 1]).name for words in trained] == names and again == table
     for words in trained[-3:]:
         assert words[words.index("--init") + 1] == str(tmp_path / "causal" / "x__tiny__3__now")
-    names = table[table.index("--names") + 1 : table.index("--out")]
-    assert names == list(evidence_runs.TABLES["causal"].values()) and len(names) == len(
-        table[2 : table.index("--names")]
-    )
-    fails(lambda: evidence_runs.main(evidence_runs.Args(tables=("dmd3",))), "unknown table 'dmd3'")
-    untrained = evidence_runs.Args(tables=("i2v",), train=False, runs_dir=tmp_path)
-    fails(lambda: evidence_runs.main(untrained), "no run of the table i2v")
-
-
-def test_two_calls_do_not_train_the_same_run(tmp_path, monkeypatch):
-    """The second waits for the first, deletes nothing of it, and finds it done."""
-    run = tmp_path / "dmd2" / "dmd2__tiny__0__now"
-    run.mkdir(parents=True)
-    monkeypatch.setattr(evidence_runs.subprocess, "call", lambda *_, **__: pytest.fail("trained again"))
-    with open(tmp_path / "dmd2" / "0.lock", "w") as first:
-        fcntl.flock(first, fcntl.LOCK_EX)
-        second = threading.Thread(target=evidence_runs.train, args=(tmp_path, "dmd2", 0))
-        second.start()
-        second.join(0.5)
-        assert second.is_alive() and run.is_dir()
-        (run / "checkpoints" / "step_0000500").mkdir(parents=True)
-        (run / "checkpoints" / "step_0000500" / "checkpoint.json").touch()
-    second.join(10)
-    assert not second.is_alive() and evidence_runs.finished(tmp_path, "dmd2", 0) == run
-
-
-def test_finetune_needs_a_student_and_clips(tmp_path, fails):
-    fails(lambda: finetune.main(small_args(dfd)), "--init CHECKPOINT is missing", "dmd2.py")
-    fails(lambda: finetune.main(small_args(dfd, init="x", lora_rank=2)), "trained in full: leave out --lora-rank")
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    flags = {"runs_dir": tmp_path, "init": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
-    fails(lambda: finetune.main(small_args(dfd, **flags)), "clips", "--data")
-
-
-def test_an_interrupted_finetune_says_so_and_goes_on_without_its_start(tmp_path, monkeypatch):
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "start", steps=1, gan_weight=0.0))
-    (start,) = (tmp_path / "start").glob("dmd2__*")
-    flags = {"runs_dir": tmp_path, "init": str(start), "steps": 3, "student_every": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "stop_signal", lambda run: 15)
-        with pytest.raises(SystemExit) as stop:
-            finetune.main(small_args(dfd, **flags))
-    assert stop.value.code == 128 + 15
-    shutil.rmtree(start)
-    finetune.main(small_args(dfd, **flags, resume="latest"))
-    assert len(list(tmp_path.glob("finetune__*/checkpoints/step_0000003"))) == 1
-
-
-def test_every_run_of_the_evidence_is_a_command_of_today():
-    for script, flags, parent in evidence_runs.RUNS.values():
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        args = tyro.cli(module.Args, args=flags.split(), default=with_recipe(module.Args, module.RECIPES))
-        check_flags(args)
-        assert noise_levels(module, args)[0][0] == 1
-        assert (ROOT / script).is_file() and parent in {None, *evidence_runs.RUNS}
-    assert {name for rows in evidence_runs.TABLES.values() for name in rows} == set(evidence_runs.RUNS)
+    labels = table[table.index("--names") + 1 : table.index("--out")]
+    assert labels == [evidence_runs.RUNS[name][0] for name in names] and len(set(labels)) == len(names)

@@ -102,7 +102,7 @@ def test_the_family_calls_the_transformer_as_the_pipeline_does():
     stock = WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer")
     x_t, sigma = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.937])
     expected = stock(x_t, 1000 * sigma, text, return_dict=False)[0]
-    torch.testing.assert_close(network(x_t, sigma, {"text": text}), expected)
+    torch.testing.assert_close(network(x_t, sigma, {"text": text})[0], expected)
 
 
 def test_the_timestep_is_not_rounded_to_bf16():

@@ -1,52 +1,73 @@
-"""tools/ as a user starts them, and make_pairs.py: it goes on, and refuses to mix."""
+"""Programs as a user starts them, with a real teacher and nothing but --teacher, and make_pairs.py."""
+
+import shutil
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
+import codmd
+import dfd
 import dmd
-from tests.conftest import ROOT, small_args
+import dmd2
+import phased_dmd
+from models.presets import PRESETS
+from tests.conftest import ROOT, only_run, small_args
 from tests.ranks import run_program
 from tools import make_pairs
+from training.flags import with_recipe
+
+# what makes a run of Wan's recipe small, and nothing else
+SIZE = {"frames": 9, "height": 32, "width": 32, "steps": 2, "grad_accum": 1, "teacher_steps": 2, "num_samples": 2}
+SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1)}
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    "words",
     [
-        (["make_pairs.py", "pairs", "--pair-steps", "0"], "error: --pair-steps must be at least 1, got 0"),
-        (["make_shards.py", "nowhere", "shards"], "error: no such folder nowhere"),
-        (["cost.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd, or all"),
-        (["export.py", "nowhere", "out"], "error: no such folder nowhere: give a run or one of its checkpoints"),
-        (["cost.py", "dmd2", "--gpus", "0"], "error: --gpus must be at least 1, got 0"),
-        (["step_time.py", "dmd3"], "error: unknown script 'dmd3': use dmd, dmd2, dfd, codmd, phased_dmd"),
+        ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
+        ["make_shards.py", "clips", "shards", "--teacher", "gone"],
+        ["cost.py", "dmd2", "--teacher", "gone"],
+        ["export.py", "gone", "out"],
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, words, line):
-    program, *flags = words
-    (tmp_path / "folder").mkdir()
-    said = run_program(ROOT / "tools" / program, flags, tmp_path / "folder", tmp_path / "said")
-    assert said == (2, "", f"{line}\n")
-    assert not any((tmp_path / "folder").iterdir())
-
-
-@pytest.mark.parametrize("program", ["make_pairs.py", "cost.py", "step_time.py"])
-@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)])
-def test_without_its_first_word_a_tool_says_what_it_is_for(tmp_path, program, words, code):
-    ended, out, err = run_program(ROOT / "tools" / program, words, tmp_path, tmp_path / "said")
-    said, silent = (err, out) if code else (out, err)
-    assert ended == code and f"tools/{program}" in said and not silent
+def test_a_mistake_is_one_line(tmp_path, words):
+    code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path, tmp_path / "said")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert "gone" in err
 
 
 def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
-    out, flags = tmp_path / "pairs", {"runs_dir": str(tmp_path), "max_hours": 0.0}  # asked for, so never refused
-    make_pairs.main(out, small_args(**flags))
+    out = tmp_path / "pairs"
+    flags = {"runs_dir": str(tmp_path), "pairs": str(out), "max_hours": 0.0}  # asked for, so never refused
+    make_pairs.main(small_args(**flags))
     shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     assert len(shards) == 2
     (out / "00000002.safetensors").unlink()
-    make_pairs.main(out, small_args(**flags))
+    make_pairs.main(small_args(**flags))
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
     for other in ({"pair_steps": 3}, {"guidance_scale": 3.0}, {"seed": 1}, {"num_samples": 6}):
-        fails(lambda other=other: make_pairs.main(out, small_args(**flags, **other)), "other settings")
+        fails(lambda other=other: make_pairs.main(small_args(**flags, **other)), "other settings")
     (out / "key.txt").unlink()  # so nobody knows of what settings they are
-    fails(lambda: make_pairs.main(out, small_args(**flags)), "other settings")
-    assert not (out / "key.txt").exists()
-    fails(lambda: make_pairs.main(next(out.glob("*.safetensors")), small_args(**flags)), "is a file")
-    dmd.main(small_args(runs_dir=str(tmp_path), pairs=str(out), steps=1))
+    fails(lambda: make_pairs.main(small_args(**flags)), "other settings")
+    dmd.main(small_args(**flags, steps=1))
+
+
+@pytest.mark.slow
+def test_nothing_but_the_teacher(tmp_path):
+    """A small random Wan, so no part of it is taken for the tiny world; only its size is passed."""
+    teacher = tmp_path / "wan-small"
+    shutil.copytree(PRESETS["tiny"].source, teacher, ignore=shutil.ignore_patterns("transformer"))
+    torch.manual_seed(0)
+    WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=8, text_dim=32, freq_dim=32,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=64,
+    ).save_pretrained(teacher / "transformer")  # fmt: skip
+    for script in (dmd2, dfd, codmd, phased_dmd, dmd):
+        flags = {k: v for k, v in SIZE.items() if k in script.Args.__dataclass_fields__}
+        script.main(with_recipe(script.Args, script.RECIPES, teacher=str(teacher), runs_dir=str(tmp_path), **flags))
+        run = only_run(tmp_path, script)
+        table = (run / "previews" / "table.md").read_text()
+        assert "diversity" in table and "right" not in table
+    # clips by the teacher for dmd2.py and dfd.py, pairs for dmd.py: guidance and steps differ, so each has its own
+    assert len(list((tmp_path / "cache").glob("pairs_*"))) == 3

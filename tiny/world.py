@@ -3,14 +3,12 @@
 A clip is 9 frames of 32 x 32 pixels at 8 frames per second, float32 in [0, 1], laid out `c f h w`. A caption names its
 colour, kind and direction, or some of them, or none: "a red circle moving left", "a red circle", "a circle",
 "a red shape", "a shape". What it leaves open are its modes: 1, 4, 16, 12 and 48 of them. Everything else is always
-free. A clip is a function of (seed, index), so there is no state and no last clip. tiny/measures.py goes the other way,
-from pixels back to the factors.
+free. A clip is a function of (seed, index). tiny/measures.py reads the factors back from the pixels.
 
 Positions are in pixels from the top-left corner of the frame (pixel j covers [j, j + 1]), speeds in pixels per frame.
 `size` is the radius of the circle that has the shape's area, `background` the mean grey level over the clip and `ramp`
 the level of its last frame less that of its first.
 
-    video, caption, factors = clip(seed=0, index=7)
     videos, captions = batch(seed=0, indices=range(64))
 """
 
@@ -113,10 +111,13 @@ def coverage(x, y, size, edge=1.0):
     `edge` pixels. With edge 1 the square is exact; more draws a soft outline.
     """
     grid = torch.arange(SIZE, dtype=x.dtype, device=x.device) + 0.5
-    dx = rearrange(grid, "w -> w") - rearrange(x, "b f -> b f 1 1")
-    dy = rearrange(grid, "h -> h 1") - rearrange(y, "b f -> b f 1 1")
+    dx = grid - rearrange(x, "b f -> b f 1 1")
+    dy = grid[:, None] - rearrange(y, "b f -> b f 1 1")
     r = rearrange(size, "b -> b 1 1 1")
-    soft = lambda distance: (distance / edge + 0.5).clamp(0, 1)  # noqa: E731
+
+    def soft(distance):
+        return (distance / edge + 0.5).clamp(0, 1)
+
     circle = soft(r - torch.sqrt(dx**2 + dy**2))
     square = soft(HALF_SIDE * r - dx.abs()) * soft(HALF_SIDE * r - dy.abs())
     slanted = INRADIUS * r + dy / 2 - math.sqrt(3) / 2 * dx.abs()
@@ -138,40 +139,33 @@ def render(factors):
 
 
 def batch(seed, indices, captions=None):
-    """Videos [b, 3, f, h, w] and their captions; `captions` (a list or one string) fixes them."""
-    if captions is None or isinstance(captions, str):
-        captions = [captions] * len(indices)
+    """Videos [b, 3, f, h, w] of these clips and their captions; a list `captions` fixes what each names."""
+    captions = captions or [None] * len(indices)
     rows = [draw_factors(seed, int(index), caption) for index, caption in zip(indices, captions, strict=True)]
     factors = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     return render(factors), [CAPTIONS[row["caption"]] for row in rows]
 
 
-def clip(seed, index, caption=None):
-    """Video [3, f, h, w], its caption, and its factors as a dict; a given `caption` fixes what it names."""
-    videos, captions = batch(seed, [index], caption)
-    return videos[0], captions[0], draw_factors(seed, index, caption)
-
-
 def others(seed, index, caption, count, draw=0):
-    """Factors, a dict of [count] tensors, of other clips that begin with the first frame of a clip.
+    """Factors, a dict of [count] tensors, of other clips that begin with the first frame of this one.
 
-    They are drawn from what the world gives a shape that is there, before that grey: uniform, weighed by how likely
-    each puts it there (the middle of a track is uniform where the whole shape stays inside), among 4,096 tries. A
-    direction that the caption names stays.
+    Exact by importance sampling among 4,096 tries: speed, ramp and direction are uniform, weighed by how likely the
+    world puts the shape where it is and the grey where it is. A direction that the caption names stays.
     """
+    tries = 4096
     f, rng = draw_factors(seed, index, caption), np.random.default_rng([seed, index, 1, draw])
-    speed, ramp = rng.uniform(*RANGES["speed"], 4096), rng.uniform(*RANGES["ramp"], 4096)
-    direction = rng.integers(len(DIRECTIONS), size=4096)
+    speed, ramp = rng.uniform(*RANGES["speed"], tries), rng.uniform(*RANGES["ramp"], tries)
+    direction = rng.integers(len(DIRECTIONS), size=tries)
     if "direction" in NAMED[CAPTIONS[f["caption"]]]:
         direction[:] = f["direction"]
     background, (lowest, highest) = f["background"] + (ramp - f["ramp"]) / 2, RANGES["background"]
-    weight, steps = 1.0 * (lowest <= background) * (background <= highest), np.array(STEPS)[direction].T
-    reach = [f["size"] * reach for reach in REACH[KINDS[f["kind"]]]]
-    for start, step, (before, after) in (("x", steps[0], reach[:2]), ("y", steps[1], reach[2:])):
-        half = speed * step * (FRAMES - 1) / 2
-        low, high = before + abs(half), SIZE - after - abs(half)
-        weight *= (low <= f[start] + half) * (f[start] + half <= high) / (high - low)
-    picked = rng.choice(4096, count, p=weight / weight.sum())
+    weight = 1.0 * (lowest <= background) * (background <= highest)
+    left, right, up, down = (f["size"] * reach for reach in REACH[KINDS[f["kind"]]])
+    half_x, half_y = speed * np.array(STEPS)[direction].T * (FRAMES - 1) / 2
+    for start, half, before, after in ((f["x"], half_x, left, right), (f["y"], half_y, up, down)):
+        low, high = before + abs(half), SIZE - after - abs(half)  # of the middle of the track, see draw_factors
+        weight *= (low <= start + half) * (start + half <= high) / (high - low)
+    picked = rng.choice(tries, count, p=weight / weight.sum())
     new = {"speed": speed, "direction": direction, "ramp": ramp, "background": background}
     same = {name: torch.tensor([x] * count) for name, x in f.items()}
     return same | {name: torch.from_numpy(x[picked]).to(same[name].dtype) for name, x in new.items()}

@@ -2,150 +2,203 @@
 
     python tools/cost.py dmd2 --teacher wan2.1-1.3b --gpus 8
     python tools/cost.py dmd2 --teacher wan2.1-14b --gpus 8 --lora-rank 64 --fake-lora-rank 64
-    python tools/cost.py all                                      # two tables of all names, in Markdown
+    python tools/cost.py dmd2 --teacher wan2.1-1.3b --measure 8       # seconds and peak memory of real steps here
 
-`python tools/cost.py dmd2 --help` lists the flags; each counts as it does in the script. All figures come from shapes
-alone: no weights are read, and for the presets no file at all. FLOPs are counted by PyTorch, a backward as two
-forwards, that of a LoRA as one (its base has no gradient), and of each block whose activations are recomputed one more;
-of two experts one runs, though a step whose noise levels need both runs both. Activations are what autograd saves in a
-differentiated forward of the bf16 network with flash attention. Not counted: the allocator's slack, temporary buffers,
-a LoRA's own activations and FLOPs, the discriminator's heads and previews.
+All other flags are the script's own. No weights are read, and of a teacher on the Hub no file at all. What a step runs
+comes from the script's own main(), on networks that only count. FLOPs of a forward are counted by PyTorch; a backward
+is two forwards, that of a LoRA one (its base has no gradient), and each recomputed block adds its forward. Of two
+experts one runs. Activations are what autograd saves in a forward of the bf16 network, with flash attention. Not
+counted: the allocator's slack, temporary buffers, a LoRA's own activations and FLOPs, the discriminator's heads.
+
+--measure runs main() on random weights of the real size, with noise in place of data. Every second step updates the
+student too. Under torchrun the figures are those of rank 0.
 """
 
+import argparse
+import copy
 import math
+import resource
 import sys
-from dataclasses import dataclass
-from functools import cache, partial
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
-from typing import Annotated, NamedTuple
 from unittest import mock
 
 import torch
-from annotated_types import Ge
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+from common import TRAINED
+from models.folders import family_of
+from models.latents import latent_shape
 from models.presets import PRESETS, TINY_WORLD, name_of
-from training.files import UserError
-from training.flags import check_flags, one_line_errors, parse_args, with_recipe
+from training.flags import one_line_errors, parse_args
 
-TRAINED = common.TRAINED
-
-
-class Update(NamedTuple):
-    """What an update runs for one sample: forwards of each network, and how many of them are differentiated. Guidance
-    is two forwards of the teacher.
-    """
-
-    student: float
-    fake_score: float
-    teacher: float
-    student_backwards: int
-    fake_score_backwards: int
-
-
-class Method(NamedTuple):
-    """What a script runs.
-
-    student_update     in one of --student-every steps
-    fake_score_update  in every step
-    graphs             differentiated forwards that wait for their backward at once
-    experts            frozen ones that it holds in the end
-    """
-
-    student_update: Update
-    fake_score_update: Update
-    graphs: int
-    experts: int = 0
-
-
-def rollout(args, phase_ends):
-    """Forwards of a rollout of the student: the mean over the phases, and over the steps at which it may stop."""
-    if args.student_input == "data":
-        return 1
-    done = [0, *(sum(sigma > end for sigma in args.student_sigmas) for end in phase_ends)]  # steps by each phase's end
-    return sum((first + 1 + last) / 2 for first, last in pairwise(done)) / len(phase_ends)
-
-
-def dmd(args):
-    return Method(
-        student_update=Update(2, 1, 2, student_backwards=2, fake_score_backwards=0),  # with the regression's
-        fake_score_update=Update(1, 1, 0, student_backwards=0, fake_score_backwards=1),
-        graphs=1,
-    )
-
-
-def dmd2(args, phase_ends=(0.0,)):
-    steps, gan = rollout(args, phase_ends), int(args.gan_weight > 0)
-    steps += getattr(args, "frame_block", 0) > 0  # its clean blocks; a causal student's attention costs less than that
-    return Method(
-        student_update=Update(steps, 1 + gan, 2, student_backwards=1, fake_score_backwards=gan),
-        fake_score_update=Update(steps, 1 + gan, 0, student_backwards=0, fake_score_backwards=1 + gan),
-        graphs=1 + gan,
-    )
-
-
-def phased_dmd(args):
-    return dmd2(args, args.phase_ends)._replace(experts=len(args.phase_ends) - 1)
-
-
-METHODS = {"dmd": dmd, "dmd2": dmd2, "dfd": dmd2, "codmd": dmd2, "phased_dmd": phased_dmd}
+SCRIPTS = ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")
 CARDS = (24, 48, 80)  # GiB
 FULL = 0.85  # of a card: the rest is for what is not counted
 RATE = 4e14  # FLOP/s that a GPU sustains: assumed, not measured
 GIB = 1024**3
-LORAS = {"lora_rank": 64, "fake_lora_rank": 64, "ema_decay": 0.0}
-WAYS = {"in full": {}, "no average": {"ema_decay": 0.0}, "LoRAs": LORAS, "LoRAs, no GAN": LORAS | {"gan_weight": 0.0}}
+WARM = 2  # steps before those that are measured: memory is first allocated, blocks are compiled
+
+# --------------------------------------------------------------------------------------- the script's own steps
 
 
-def args_of(script):
-    """The script's Args with the number of GPUs."""
+class Described(common.Model):
+    """A teacher's model; of a named one on the Hub without its files."""
 
-    @dataclass(kw_only=True)
-    class Args(script.Args):
-        """The script's own flags and its recipe, and --gpus."""
-
-        gpus: Annotated[int | None, Ge(1)] = None
-        """GPUs to plan for. None: as many as the recipe is written for."""
-
-    return Args
-
-
-def recipe_gpus(teacher):
-    """GPUs that the recipes' batches are written for."""
-    return 1 if name_of(teacher) in TINY_WORLD else 8
-
-
-class Shapes(SimpleNamespace):
-    """What is known of a teacher without its files, compared by identity as common.Model is: one_forward is cached."""
-
-    __hash__, __eq__ = object.__hash__, object.__eq__
+    def __init__(self, teacher, frames, height, width, compute=None):
+        if teacher not in PRESETS or teacher in TINY_WORLD:
+            super().__init__(teacher, frames, height, width, compute)
+            return
+        self.compute = dict(compute or {})
+        self.shard_size = self.compute.pop("shard_size", 0)
+        self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
+        self.family = family_of(PRESETS[teacher].family)
+        with torch.device("meta"):
+            self.config = dict(self.family.transformer_class.from_config(PRESETS[teacher].config).config)
+        vae = {"scale_factor_spatial": 16} if self.config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
+        self.latent_shape, self.patch = latent_shape(self.config, vae, *self.size)
+        self.text_length, self.text_dim = 512, self.config[self.family.text_dim]
+        self.conditions = self.family.conditions(self.config, self.latent_shape)
+        self.index = {"boundary_ratio": 0.9 if self.conditions else 0.875}  # Wan 2.2 A14B's
+        self.fps, self.negative_prompt = self.family.fps, ""
 
 
-@cache  # a table asks for each teacher some thirty times
-def describe(teacher, frames, height, width):
-    """What common.Model says of a teacher's shapes; of a preset on the Hub without its files."""
-    if teacher not in PRESETS or teacher in TINY_WORLD:
-        return common.Model(teacher, frames, height, width)
-    from models.classes import family_of
+described = cache(Described)
 
-    preset = PRESETS[teacher]
-    family = family_of(preset.kind, teacher)
-    with torch.device("meta"):
-        config = dict(family.transformer_class.from_config(preset.config).config)
-    vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
-    shape, patch = family.shapes(config, vae, frames, height, width)
-    conditions = family.conditions(config, shape)
-    index = {"boundary_ratio": 0.9 if conditions else 0.875} if len(family.parts) > 1 else {}  # Wan 2.2 A14B's
-    model = Shapes(
-        name=teacher, family=family, config=config, latent_shape=shape, patch=patch,
-        text_length=512, text_dim=config[family.text_dim], conditions=conditions, index=index,
-    )  # fmt: skip
-    model.network_class = partial(common.Model.network_class, model)
-    return model
+
+def size_of(args):
+    """What a Described is made of."""
+    return args.teacher, args.frames, args.height, args.width
+
+
+class Noise(common.Samples):
+    """Texts, conditions and clips that are noise, of the right shapes."""
+
+    prompts = ["noise"]
+
+    def __init__(self, model, device, has_clips=True):
+        self.model, self.device, self.seed, self.has_clips = model, device, 0, has_clips
+
+    def row(self, number):
+        return 0
+
+    def cond_of(self, rows):
+        shapes = {"text": (self.model.text_length, self.model.text_dim), **self.model.conditions}
+        return {key: torch.randn(len(rows), *shape, device=self.device) for key, shape in shapes.items()}
+
+    def latents(self, numbers, key=None):
+        return torch.randn(len(numbers), *self.model.latent_shape, device=self.device)
+
+
+class Counting(nn.Module):
+    """Stands in for a network. tally.work adds up what a sample takes, in forwards; tally.alive are forwards whose
+    backward is to come, tally.graphs the most that were at once.
+
+    whole: a batch's samples times their frames; backward, weights: what a backward costs through the layers, and of the
+    weights.
+    """
+
+    width, blocks = 1, ()
+
+    def __init__(self, tally, whole, frame_block, trained, backward, weights):
+        super().__init__()
+        self.tally, self.whole, self.frame_block, self.costs = tally, whole, frame_block, (backward, weights)
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=trained)
+
+    def forward(self, x_t, sigma, cond, blocks=()):
+        part = len(x_t) * x_t.shape[2] / self.whole  # a causal student's block is one
+        self.tally.work += part
+        weight = 1 * self.weight
+        v = weight * x_t
+        if v.requires_grad:
+            self.tally.alive += part
+            self.tally.graphs = max(self.tally.graphs, self.tally.alive)
+            v.register_hook(lambda _: self.passed(-part, part * self.costs[0]))
+            weight.register_hook(lambda _: self.passed(0, part * self.costs[1]))
+        return v, [v.mean((1, 2, 3, 4)).view(-1, 1, 1) for _ in blocks]
+
+    def passed(self, alive, work):
+        self.tally.alive += alive
+        self.tally.work += work
+
+    def chunks(self, x_t):
+        self.left = x_t.shape[2]
+        return x_t.split(self.frame_block or x_t.shape[2], dim=2)
+
+    @torch.no_grad()
+    def update_cache(self, x0, cond):
+        self.left -= x0.shape[2]
+        if self.left:  # of the last block nothing is kept
+            self(x0, None, cond)
+
+
+def run_steps(script, args, model, device, steps, step_done=lambda: None):
+    """Run the script's own main() for so many steps on noise, without a run folder. Returns whether it asked for
+    samples of the teacher before them. Rollouts stop evenly often at each of their levels.
+    """
+    data = Noise(model, device, args.data or (name_of(args.teacher) in TINY_WORLD and not args.prompts))
+    run, made, ended = mock.Mock(device=device, step=0), mock.Mock(return_value=data), []
+    run.log = lambda *_, **__: (step_done(), ended.append(None))
+    run.stop_signal = lambda: len(ended) == steps
+    evenly = lambda rng, stream: (0.284, 0.716)[len(ended) // args.student_every % 2]  # u, then 1 - u
+    changes = {
+        common: {"Model": lambda *_: model, "put_weights": random_weights},
+        common.SharedRNG: {"uniform": evenly},
+        script: {"Run": lambda *_: run, "Preview": mock.Mock(), "teacher_samples": made},
+    }
+    changes[common] |= dict.fromkeys(("load_data", "encode_text", "Shards"), lambda *_, **__: data)
+    with ExitStack() as stack:
+        for place, new in changes.items():
+            stack.enter_context(mock.patch.multiple(place, **new))
+        script.main(replace(args, init=None, preview_every=0))
+    return made.called
+
+
+@torch.no_grad()
+def random_weights(network, folder, part="transformer"):
+    """In place of common.put_weights."""
+    common.reshard(network)
+    for parameter in network.get_submodule(part).parameters():
+        parameter.normal_(0, 0.02)
+
+
+def counted(script, args, steps):
+    """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards; graphs, the
+    most that wait for their backward; roles of the networks; whether samples of the teacher come first.
+    """
+    model = copy.copy(described(*size_of(args)))
+    blocks, frames, roles = model.config["num_layers"], model.latent_shape[1], []
+    model.latent_shape, model.text_length, model.text_dim, model.conditions = (1, frames, 1, 1), 1, 1, {}
+    tally, works = SimpleNamespace(work=0, alive=0, graphs=0), [0]
+
+    def load_network(role, device, frame_block=0, **_):
+        roles.append(role)
+        costs = {"backward": 1 + recomputed(args, blocks) / blocks, "weights": role not in args.adapters}
+        return Counting(tally, 2 * frames, frame_block, role in TRAINED, **costs)
+
+    model.load_network, model.reset, model.shard = load_network, lambda network: network, lambda network, _: network
+    args = replace(args, batch_size=2, grad_accum=1)  # two, as some losses relate samples
+    samples_first = run_steps(script, args, model, torch.device("cpu"), steps, lambda: works.append(tally.work))
+    each = [after - before for before, after in pairwise(works)]
+    return SimpleNamespace(each=each, graphs=tally.graphs, roles=roles, samples_first=samples_first)
+
+
+def recomputed(args, blocks):
+    """Blocks of so many that a backward computes again."""
+    return math.ceil(blocks / args.gradient_checkpointing) if args.gradient_checkpointing else 0
+
+
+# --------------------------------------------------------------------------------------------------- figures
 
 
 @cache
@@ -153,10 +206,8 @@ def one_forward(model):
     """(network on the meta device in bf16, FLOPs of a forward of one sample, bytes that autograd keeps of it)."""
     with torch.device("meta"):
         parts = [model.family.transformer_class.from_config(model.config) for _ in model.family.parts]
-        network = model.family(*parts, index={"boundary_ratio": 0.5}).to(torch.bfloat16)
-        x_t = torch.empty(1, *model.latent_shape)
-        sigma, cond = torch.empty(1), {"text": torch.empty(1, model.text_length, model.text_dim)}
-        cond |= {key: torch.empty(1, *shape) for key, shape in model.conditions.items()}
+        network = model.family(*parts, index=model.index).to(torch.bfloat16)
+        x_t, sigma, cond = torch.empty(1, *model.latent_shape), torch.empty(1), Noise(model, "meta").cond_of([0])
     owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def keep(tensor):  # each storage once, and not the weights
@@ -177,165 +228,118 @@ def one_forward(model):
     return network, counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
 
 
-def teacher_forwards(script, args):
-    """Forwards of the teacher before the first step: for pairs, or for clips where a method needs some and has none."""
-    if script.__name__ == "dmd":
-        return 0 if args.pairs else 2 * args.num_samples * args.pair_steps
-    has_clips = args.data or (name_of(args.teacher) in TINY_WORLD and not args.prompts)
-    return 2 * args.num_samples * args.teacher_steps if script.needs_clips(args) and not has_clips else 0
-
-
-def figures(script, args):
-    """What a run costs, as a namespace: parameters, those of the LoRAs by their network, tokens and FLOPs of a forward;
+def figures(script, args, gpus):
+    """What a run costs on that many GPUs, as a namespace: parameters, trained parameters, tokens, FLOPs of a forward;
     bytes of memory per GPU by what they are for, and in all; those of a checkpoint; samples, FLOPs and seconds of a
     step; hours by what they are for.
     """
-    check_flags(args)
-    model = describe(args.teacher, args.frames, args.height, args.width)
-    if script.__name__ != "dmd":  # which has nothing to check
-        script.check(args, model)
-    method, gpus = METHODS[script.__name__](args), args.gpus or recipe_gpus(args.teacher)
-
-    # parameters
+    phases = len(getattr(args, "phase_ends", (0,)))
+    cycle = 2 * args.student_every * phases
+    counts = counted(script, replace(args, steps=cycle), cycle)
+    model = described(*size_of(args))
     network, flops, activations = one_forward(model)
     activations *= len(model.family.parts)  # of two experts both, where a step's noise levels need both
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters, experts = sum(p.numel() for p in network.parameters()), len(model.family.parts) > 1
     layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
     a_rank = sum(layer.in_features + layer.out_features for layer in layers)
-    roles = ["student", "fake_score", *["ema"] * (args.ema_decay > 0)]
-    roles += [f"expert_{i}" for i in range(method.experts)]
-    loras = {role: rank * a_rank for role, (rank, _) in args.adapters.items()}
-    updated = sum(loras.get(role, parameters) for role in TRAINED)
+    sizes = {role: args.adapters[role][0] * a_rank if role in args.adapters else parameters for role in counts.roles}
+    trained, held = sum(sizes[role] for role in TRAINED), sum(sizes.values()) - sizes["teacher"]
 
     # memory: the teacher, which is the base of the LoRAs, is bf16, all others are float32
-    shards = args.shard_size or gpus
-    if gpus % shards:
-        raise UserError(f"--shard-size must divide the {gpus} GPUs, got {shards}")
-    weights = 2 * parameters + 4 * sum(loras.get(role, parameters) for role in roles)
-    block = sum(p.numel() for p in network.blocks[0].parameters())
-    tokens, blocks = math.prod(model.latent_shape[1:]) // math.prod(model.patch), len(network.blocks)
-    again = -(-blocks // args.gradient_checkpointing) if args.gradient_checkpointing else 0  # blocks recomputed
+    shards, blocks = args.shard_size or gpus, len(network.blocks)
+    tokens, again = math.prod(model.latent_shape[1:]) // math.prod(model.patch), recomputed(args, blocks)
     if again:  # of each of these its input, of the others all, and one block's own
         activations = again * tokens * network.width * 2 + (blocks - again + 1) / blocks * activations
     memory = {
-        "weights": weights / shards,
-        "gradients": 4 * updated / shards,
-        "optimizer": 8 * updated / shards,
-        "one unsharded block": 2 * 2 * block,
-        "activations": method.graphs * args.batch_size * activations,
+        "weights": (2 * parameters + 4 * held) / shards,
+        "gradients": 4 * trained / shards,
+        "optimizer": 8 * trained / shards,
+        "one unsharded block": 2 * 2 * sum(p.numel() for p in network.blocks[0].parameters()),
+        "activations": counts.graphs * args.batch_size * activations,
     }
     if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
         turns = model.latent_shape[1] / causal
         # each once, and where a layer is not recomputed also joined, as it was read in every turn
         kept = blocks * (turns - 1) / turns + (blocks - again) * (turns - 1) / 2
         memory["past of the blocks"] = args.batch_size * 2 * 2 * network.width * tokens * kept
-    total = sum(memory.values())
-    # a checkpoint: networks and optimizers to go on from, and the student whole, one per phase or one of two experts
-    students = 1 if len(model.family.parts) > 1 else 1 + method.experts
-    disk = 4 * sum(loras.get(role, parameters) for role in roles) + 8 * updated + 4 * parameters * students
 
-    # work
-    samples = args.batch_size * args.grad_accum * gpus
-    step, rate = 0, RATE * gpus
-    for update, part in ((method.student_update, 1 / args.student_every), (method.fake_score_update, 1)):
-        forwards = update.student + update.fake_score + update.teacher
-        for role, backwards in zip(TRAINED, (update.student_backwards, update.fake_score_backwards), strict=True):
-            forwards += backwards * ((1 if role in loras else 2) + again / blocks)
-        step += part * samples * flops * forwards
-    hours = {
-        "teacher samples": teacher_forwards(script, args) * flops / rate / 3600,
-        f"all {args.steps:,} steps": args.steps * step / rate / 3600,
-    }
+    samples, rate = args.batch_size * args.grad_accum * gpus, RATE * gpus * 3600  # FLOP an hour
+    step = samples * flops * mean(counts.each)
+    first = 2 * args.num_samples * getattr(args, "pair_steps", args.teacher_steps) * counts.samples_first
     return SimpleNamespace(
-        model=model, gpus=gpus, parameters=parameters, loras=loras, tokens=tokens, flops=flops, memory=memory,
-        total=total, disk=disk, samples=samples, step=step, seconds=step / rate, hours=hours,
+        model=model, parameters=parameters, trained=trained, tokens=tokens, flops=flops,
+        memory=memory, total=sum(memory.values()),
+        # networks and optimizers to go on from, and the student whole, one per phase or one of two experts
+        disk=4 * held + 8 * trained + 4 * parameters * (1 if experts else phases),
+        samples=samples, step=step, seconds=3600 * step / rate,
+        hours={"teacher samples": first * flops / rate, f"all {args.steps:,} steps": args.steps * step / rate},
     )  # fmt: skip
 
 
-def main(script, args):
-    run = figures(script, args)
-    fits = [f"{card} GB {'fits' if run.total <= FULL * card * GIB else 'does not fit'}" for card in CARDS]
-    recipe, planned = with_recipe(script.Args, script.RECIPES, teacher=args.teacher), recipe_gpus(args.teacher)
-    wanted = recipe.batch_size * recipe.grad_accum * planned
-    accum, rest = divmod(wanted, args.batch_size * run.gpus)
+# --------------------------------------------------------------------------------------------------- output
 
-    kinds = [f"{run.loras[role] / 1e6:,.1f} M of LoRA" if role in run.loras else "in full" for role in TRAINED]
-    trained = f"student {kinds[0]}, fake score {kinds[1]}"
-    batch = f"{args.batch_size} x {args.grad_accum} accumulated x {run.gpus} GPU{'s' * (run.gpus > 1)}"
-    print(f"teacher             {run.model.name}: {run.parameters / 1e6:,.1f} M parameters; trained: {trained}")
+
+def tell(script, args, gpus):
+    """Print the figures of one run."""
+    run = figures(script, args, gpus)
+    fits = [f"{card} GB {'fits' if run.total <= FULL * card * GIB else 'does not fit'}" for card in CARDS]
+    print(f"parameters          {run.parameters / 1e6:,.1f} M of the teacher; {run.trained / 1e6:,.1f} M are trained")
     print(f"latents             {' x '.join(map(str, run.model.latent_shape))} (c f h w), {run.tokens:,} tokens")
-    print(f"batch               {batch} = {run.samples} samples a step")
-    if run.samples != wanted:
-        keeps = "" if rest else f"; --grad-accum {accum} makes it the same"
-        print(
-            f"  another batch     the recipe has {wanted} samples a step, on {planned} GPU{'s' * (planned > 1)}{keeps}"
-        )
+    print(f"samples a step      {args.batch_size} x {args.grad_accum} accumulated x {gpus} GPUs = {run.samples}")
     print("memory per GPU      an estimate: float32 master weights and Adam, bf16 compute")
     for name, size in [*run.memory.items(), ("total", run.total)]:
         print(f"  {name:<20}{size / GIB:10.3f} GiB")
     print(f"cards               {', '.join(fits)}, with {1 - FULL:.0%} left for what is not counted")
-    kept = f", {(args.keep + 1) * run.disk / GIB:.3g} GiB with --keep {args.keep} and one that is being written"
-    print(f"disk                {run.disk / GIB:.3g} GiB a checkpoint{kept if args.keep else '; all are kept'}")
-    per_gpu = f"{run.step / run.gpus:.3g} per GPU"
-    print(f"FLOPs per step      {run.step:.3g}, {per_gpu}; {run.flops:.3g} a forward of one sample")
+    print(f"disk                {run.disk / GIB:.3g} GiB a checkpoint; --keep {args.keep} and one being written")
+    print(f"FLOPs               {run.step:.3g} a step, {run.flops:.3g} a forward of one sample")
     print(f"time per step       {run.seconds:.3g} s if a GPU sustains {RATE / 1e12:.0f} TFLOP/s: assumed, not measured")
-    for name, time in run.hours.items():
-        refused = name == "teacher samples" and time > args.max_hours
-        if time:
-            print(f"  {name:<18}{time:.3g} hours{f', more than --max-hours {args.max_hours:g}' if refused else ''}")
+    for name, hours in run.hours.items():
+        if hours:
+            print(f"  {name:<18}{hours:.3g} hours")
 
 
-def table():
-    """Print what all named teachers cost with each script's recipe, in Markdown: GiB per GPU on 8, and how many GPUs of
-    80 GB it takes; never if 256 are too few, for activations are not shared. Then on which cards dmd2.py fits how.
-    """
-    head = ["teacher", "parameters, M", "tokens", "TFLOP a forward", *(f"`{name}.py`" for name in METHODS)]
-    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
-    teachers = [name for name in PRESETS if name not in TINY_WORLD]
-    for teacher in teachers:
-        cells = []
-        for name in METHODS:
-            for needed in (8, 16, 32, 64, 128, 256):
-                run = planned(name, teacher, needed)
-                cells += [f"{run.total / GIB:.0f}"] if needed == 8 else []
-                if fits := run.total <= FULL * CARDS[-1] * GIB:
-                    break
-            cells[-1] += f", {needed}" if fits else ", never"
-        first = [f"`{teacher}`", f"{run.parameters / 1e6:,.0f}", f"{run.tokens:,}", f"{run.flops / 1e12:,.0f}"]
-        print(f"| {' | '.join([*first, *cells])} |", flush=True)
+def measure(script, args, steps):
+    """Run that many steps of the script here, and print what those with and those without a student's update take."""
+    device, ends = common.init_distributed(), []
+    # so many steps that all that run are of the first phase
+    total = 2 * (WARM + steps) * len(getattr(args, "phase_ends", (0,)))
+    args = replace(args, student_every=2, steps=total)
+    counts = counted(script, args, WARM + steps)
+    cuda = torch.cuda if device.type == "cuda" else None
 
-    cards = [(1, card) for card in CARDS] + [(8, CARDS[-1])]
-    print(f"\n| `dmd2.py` | {' | '.join(f'{gpus} x {card} GB' for gpus, card in cards)} |\n|---|{'---|' * len(cards)}")
-    for teacher in teachers:
-        cells = []
-        for gpus, card in cards:
-            runs = ((how, planned("dmd2", teacher, gpus, **flags)) for how, flags in WAYS.items())
-            fitting = (f"{how}, {run.total / GIB:.0f}" for how, run in runs if run.total <= FULL * card * GIB)
-            cells.append(next(fitting, "no"))
-        print(f"| {' | '.join([f'`{teacher}`', *cells])} |", flush=True)
+    def step_done():
+        if cuda:
+            cuda.synchronize()
+        if cuda and len(ends) < WARM:
+            cuda.reset_peak_memory_stats()
+        ends.append(time.perf_counter())
 
-
-def planned(name, teacher, gpus, **flags):
-    script = import_module(name)
-    return figures(script, with_recipe(args_of(script), script.RECIPES, teacher=teacher, gpus=gpus, **flags))
+    run_steps(script, args, Described(*size_of(args), args.compute), device, WARM + steps, step_done)
+    peak = cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device              {name}, torch {torch.__version__}")
+    print(f"peak memory         {peak / GIB:.2f} GiB{'' if cuda else ' of the whole process'}")
+    forward = args.batch_size * args.grad_accum * one_forward(described(*size_of(args)))[1]
+    for name, first in (("fake score alone", WARM + 1), ("student and that", WARM)):
+        numbers = range(first, WARM + steps, 2)
+        seconds = mean(ends[i] - ends[i - 1] for i in numbers)
+        flops = forward * mean(counts.each[i] for i in numbers)
+        print(f"{name:<20}{seconds:.3g} s, {flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s")
 
 
-def start(doc, main, args_of, others=None):
-    """Run a tool whose first word is a script's name, and the rest its flags. others: {another word: function}."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        asked = {"-h", "--help"} & set(sys.argv)
-        print(doc, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    with one_line_errors():
-        name, others = sys.argv.pop(1).removesuffix(".py"), others or {}
-        if name in others:
-            sys.exit(others[name]())
-        if name not in METHODS:
-            raise UserError(f"unknown script {name!r}: use {', '.join([*METHODS, *(f'or {word}' for word in others)])}")
-        sys.argv[0] = f"{name}.py"  # whose flags these are, and whose run --resume means
-        script = import_module(name)
-        main(script, parse_args(args_of(script), script.RECIPES))
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=SCRIPTS)
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs to plan for")
+    parser.add_argument("--measure", type=int, help="steps to measure here, at least 2")
+    own, sys.argv[1:] = parser.parse_known_args()
+    common.init_distributed()
+    script = import_module(own.script)
+    args = parse_args(script.Args)
+    measure(script, args, own.measure) if own.measure else tell(script, args, own.gpus)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    start(__doc__, main, args_of, {"all": table})
+    with one_line_errors():
+        main()

@@ -4,183 +4,291 @@
     python tools/export.py runs/dmd2__tiny__0__… exported_lora --lora   # pipe.load_lora_weights("exported_lora")
     hf upload USER/NAME exported
 
-The averaged student is exported, with :raw after RUN the student itself. README.md in the folder is the card: it says
-how to sample the student. docs/export.md says what can be exported how, and how exactly.
+The averaged student is exported, or the student itself if the run keeps no average. README.md in the folder is the
+card: it says how to sample the student. docs/export.md says what can be exported how, and how exactly.
 """
 
 import json
 import os
-import secrets
 import shutil
-import signal
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
 
-import torch.distributed as dist
+import torch
+import torch.distributed.checkpoint as dcp
 import tyro
-from annotated_types import Ge
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 
 import common
-from training.checkpoints import save_weights
-from training.files import UserError, make_folder, readable_by_all
-from training.finished import run_of, students_of
-from training.flags import check_flags, one_line_errors
+from models.presets import PRESETS, TINY_WORLD
+from models.wan import Wan
+from training.files import UserError, read_json
+from training.finished import load_run, run_of, student_folders
+from training.flags import RunArgs, one_line_errors
+
+SAMPLERS = {
+    "renoise": "a video at each noise level, renoised to the next with fresh noise",
+    "euler": "Euler steps from each noise level to the next, then to 0",
+    "causal": "block by block of latent frames; in each a video at each noise level, renoised to the next",
+}
+WAN_NAMES = (  # diffusers' names of the layers that have a LoRA, and Wan's own
+    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+    ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
+)  # fmt: skip
 
 
 @dataclass
 class Args:
     run: tyro.conf.Positional[str]
-    """A run (its newest checkpoint) or a checkpoint folder; with :raw after it the student itself, not its average."""
+    """A run (its newest checkpoint) or a checkpoint folder."""
     out: tyro.conf.Positional[Path]
     """Folder for the export. It must not exist, or be empty."""
     lora: bool = False
-    """Write a LoRA on the teacher in place of a whole model: of a LoRA run the trained one, else the nearest one."""
-    rank: Annotated[int | None, Ge(1)] = None
-    """Rank of the LoRA of a run that trained all weights. None: 64, or the highest there is."""
-    transformer_only: bool = False
-    """Leave out the teacher's other parts."""
-    copy: bool = False
-    """Copy the teacher's other parts. Else each of their files is a link to the teacher's."""
+    """Of a run with --lora-rank: write the LoRA in place of a whole model."""
     teacher: str | None = None
     """Where the teacher is, if its folder moved since the training."""
-    license: str | None = None
-    """The license in the card. None: the one in the teacher's own README.md, else "other"."""
+
+
+@dataclass
+class Student:
+    """A student in a checkpoint. folders: of its transformers, transformer_2, …"""
+
+    script: ModuleType
+    args: RunArgs
+    checkpoint: Path
+    model: common.Model
+    folders: list[Path]
+    levels: list[list[float]]
+    """Noise levels of each network; a teacher's two experts are one network."""
+
+    @property
+    def sampler(self):
+        if getattr(self.args, "frame_block", 0):
+            return "causal"
+        return "euler" if hasattr(self.args, "phase_ends") else "renoise"
+
+    @property
+    def sigmas(self):
+        return [sigma for own in self.levels for sigma in own]
+
+    @property
+    def pipeline(self):
+        """The class that samples it, by name."""
+        name = self.model.index["_class_name"]
+        return "WanImageToVideoPipeline" if name == "WanPipeline" and self.model.conditions else name
+
+    @property
+    def why_not_stock(self):
+        """Why no stock pipeline samples it; empty if one does."""
+        if self.sampler == "causal":
+            return f"it makes its latent frames in blocks of {self.args.frame_block}, one after the other"
+        if len(self.folders) > (2 if self.pipeline.startswith("Wan") else 1):
+            return f"it has {len(self.folders)} transformers, one per phase, and {self.pipeline} takes fewer"
+        if self.sampler == "renoise" and self.sigmas[1:] and self.model.conditions and "Cosmos" in self.pipeline:
+            return "it renoises, and Cosmos' pipeline keeps the first frame only in Euler steps"
+        return ""
+
+    @property
+    def boundary(self):
+        """boundary_ratio: noise levels of it and above are the first transformer's."""
+        if self.sampler == "euler":  # between the last level of the first phase and the first of the second
+            return round((self.levels[0][-1] + self.levels[1][0]) / 2, 4)
+        return self.model.index["boundary_ratio"]
+
+    @property
+    def hub(self):
+        """(repository, revision) of its teacher on the Hub; empty for a folder, of which nobody knows."""
+        name = self.args.teacher
+        return (PRESETS[name].source if name in PRESETS and name not in TINY_WORLD else "").partition("@")[::2]
+
+    def part(self, folder):
+        """The name in its network of one of its transformers."""
+        return folder.name if folder.name in self.model.family.parts else "transformer"
 
 
 def main(args):
-    check_flags(args)
-    out = args.out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} is there already: give a new or an empty folder")
-    if args.lora and (args.transformer_only or args.copy):
-        raise UserError("--lora goes without --transformer-only and --copy: it holds none of the teacher's parts")
-    if args.rank and not args.lora:
-        raise UserError("--rank is that of a LoRA: give --lora")
-    from tools.hub.card import license_of, model_card
-    from tools.hub.levels import nearest_scheduler
-    from tools.hub.student import load_student
+    script, run_args, checkpoint = load_run(args.run)
+    run_args = replace(run_args, teacher=args.teacher or run_args.teacher)
+    model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
+    folders, levels = student_folders(script, run_args, checkpoint), script.noise_levels(run_args)
+    student = Student(script, run_args, checkpoint, model, folders, levels)
+    if args.lora and (student.why_not_stock or not run_args.lora_rank):
+        raise UserError(f"--lora: {student.why_not_stock or 'this run trained all weights'}")
 
-    student = load_student(args.run, args.teacher)
-    if args.lora and student.why_not_stock:
-        raise UserError(f"--lora: {args.run} is for no pipeline that loads one: {student.why_not_stock}")
-    if args.rank and student.args.lora_rank:
-        raise UserError(
-            f"--rank: {args.run} trained a LoRA of rank {student.args.lora_rank}, which is exported as it is"
-        )
-    # Qwen-Image's pipeline takes the levels themselves, and the scheduler as it is
-    taken = [1.0] if student.pipeline == "QwenImagePipeline" else student.sigmas
-    scheduler = nearest_scheduler(taken, renoise=student.sampler == "renoise")
-    stock = not (student.why_not_stock or args.transformer_only)
-    note = (run_of(student.checkpoint) or student.checkpoint) / "revision.txt"
-    about = {"license": args.license or license_of(student), "stock": stock}
-    about["revision"] = note.read_text().strip() if note.is_file() else "unknown"
-
-    with folder_written_aside(out) as aside:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".export") as aside:
+        aside = Path(aside) / args.out.name  # renamed when all of it is there
+        aside.mkdir()
         if args.lora:
-            about |= write_loras(student, aside, args.rank)
+            for number, folder in enumerate(folders):
+                save_file(lora_of(student, number), aside / lora_name(folder), metadata={"format": "pt"})
         else:
-            for folder in weights_of(student, aside):
-                if folder.parent != aside:
-                    shutil.copytree(folder, aside / folder.name)
-        if stock:
-            scheduler.save_pretrained(aside / "scheduler")
-        if stock and not args.lora:
-            write_pipeline(student, aside, args.copy)
-        (aside / "README.md").write_text(model_card(student, scheduler, out.name, **about))
-        for path in aside.rglob("*.safetensors"):
-            if not path.is_symlink():
-                readable_by_all(path)
-    for line in about.get("told", ()):
-        print(line)
+            for folder in folders:
+                shutil.copytree(folder, aside / folder.name)
+            if not student.why_not_stock:
+                write_pipeline(student, aside)
+        (aside / "README.md").write_text(model_card(student, args.out.name, args.lora))
+        os.replace(aside, args.out)
+    print(f"exported to {args.out}; {args.out / 'README.md'} says how to sample it")
     if student.why_not_stock:
         print(f"no stock pipeline samples this student, as {student.why_not_stock}: its transformers alone are there")
-    print(f"exported to {args.out}" + f"; {args.out / 'README.md'} says how to sample it" * stock)
 
 
-@contextmanager
-def folder_written_aside(folder):
-    """Yield a hidden folder beside `folder`; rename it when the block succeeds, remove it when it does not."""
-    aside = folder.with_name(f".{secrets.token_hex(8)}.tmp")
-    make_folder(folder.parent, hint="")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C must not leave gigabytes behind
-    try:
-        aside.mkdir()
-        yield aside
-        os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {str(error).splitlines()[-1]}", code=1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        signal.signal(signal.SIGINT, before)
-
-
-def weights_of(student, place):
-    """Folders of the transformers of the average, or of the student itself, which are written below `place`."""
-    if not student.raw:
-        return student.folders
-    device = common.init_distributed()
-    about = (student.model, device, student.script, student.args, student.checkpoint)
-    network = students_of(*about, raw=True)[-1]
-    done = student.folders[:-1] if student.sampler == "euler" else []  # phases before the last are finished
-    for folder in student.folders[len(done) :]:
-        save_weights(network, folder.name if folder.name in network.parts else "transformer", place / folder.name)
-    dist.destroy_process_group()
-    return [*done, *(place / folder.name for folder in student.folders[len(done) :])]
-
-
-def write_pipeline(student, out, copy):
-    """model_index.json, and the teacher's other parts: a folder each, whose files are links or copies."""
-    from tools.hub.student import SERVED_BY
-
+def write_pipeline(student, out):
+    """model_index.json, a scheduler, and the teacher's other parts: a folder each, with a link to every file."""
     index = {**student.model.index, "_class_name": student.pipeline}
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     if len(student.folders) > 1:
         index |= {"transformer_2": index["transformer"], "boundary_ratio": student.boundary}
-    if student.pipeline in SERVED_BY:  # what vllm-omni reads, see docs/export.md
-        index["dmd2_config"] = {
-            "num_inference_steps": len(student.sigmas),
-            "denoising_timesteps": [round(1000 * sigma) for sigma in student.sigmas],
-            "solver": "sde" if student.sampler == "renoise" else "ode",
-            "guidance_scale": 1.0,
-        }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    near_scheduler(student).save_pretrained(out / "scheduler")
     for part, found in index.items():
-        source = student.model.folder / part
-        if not (isinstance(found, list) and found[0] and source.is_dir()) or (out / part).exists():
+        if not isinstance(found, list) or not found[0] or (out / part).exists():
             continue
-        for path in sorted(path for path in source.rglob("*") if path.is_file()):
-            place = out / part / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if copy:
-                shutil.copyfile(path, place)
-            else:  # of each file: `hf upload` follows no links to folders
+        for path in (student.model.folder / part).rglob("*"):
+            if path.is_file():  # links to files: `hf upload` follows none to a folder
+                place = out / part / path.relative_to(student.model.folder / part)
+                place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(path.resolve())
 
 
-def write_loras(student, out, rank):
-    """A file for each transformer. Returns their names and what is to be told of them, for the card."""
-    from tools.hub.lora import key_names, linear_layers, of_change, of_run
+def near_scheduler(student):
+    """A scheduler whose config alone comes near the student's noise levels: no config holds a list of them.
 
-    names, told, trained = [], [], student.args.lora_rank
-    for number, folder in enumerate(student.folders if trained else weights_of(student, out / "whole")):
-        if trained:
-            layers = of_run(student, number)
-        else:
-            rank = rank or min(64, max(linear_layers(student.model).values()))
-            layers, line = of_change(student.source(folder), folder, student.model, rank)
-            told.append(f"{folder.name}: {line}.")
-        state = {}
-        for layer, pair in layers.items():
-            state |= dict(zip(key_names(student.model.family, layer), (x.contiguous() for x in pair), strict=True))
-        names.append(f"pytorch_lora_weights{folder.name.removeprefix('transformer')}.safetensors")
-        save_file(state, out / names[-1], metadata={"format": "pt"})
-    shutil.rmtree(out / "whole", ignore_errors=True)
-    return {"lora": names, "told": told}
+    The first, the second and the last are met: a schedule of n + 1 steps is 1 - (1 - end) (1 - u) / (1 + (shift - 1) u)
+    of evenly spaced u from 1 to 0. Qwen-Image's pipeline passes the levels themselves.
+    """
+    sigmas, kind = student.sigmas, {"stochastic_sampling": student.sampler == "renoise"}
+    if len(sigmas) == 1 or student.pipeline == "QwenImagePipeline":
+        return FlowMatchEulerDiscreteScheduler(**kind)
+    n, (_, second, *_, last) = len(sigmas) - 1, (*sigmas, sigmas[-1])
+    shift = 1 + ((1 - last) / (1 - second) - n) / (n - 1) if n > 1 else 1.0
+    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last, **kind)
+
+
+def lora_name(folder):
+    return f"pytorch_lora_weights{folder.name.removeprefix('transformer')}.safetensors"
+
+
+def lora_of(student, number):
+    """{key: tensor} of the LoRA of transformer `number` as it was trained, with alpha / rank multiplied into B.
+
+    For Wan the keys are those of Wan's own code below "diffusion_model.", which ComfyUI reads (comfy/lora.py,
+    model_lora_keys_unet) and diffusers translates; for others diffusers' names below "transformer.".
+    """
+    reader = dcp.HuggingFaceStorageReader(str(student.checkpoint / "state"))
+    role, part = (
+        "ema" if student.args.ema_decay else "student",
+        student.part(student.folders[number]),
+    )
+    if student.sampler == "euler" and number < len(student.folders) - 1:
+        role = f"expert_{number}"
+    prefix, wan = f"{role}.lora.{part}/", student.model.family.transformer_class is Wan.transformer_class
+    found = reader.read_metadata().state_dict_metadata.items()
+    state = {key: torch.empty(x.size, dtype=x.properties.dtype) for key, x in found if key.startswith(prefix)}
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    named = {}
+    for key, value in state.items():
+        name = key.removeprefix(prefix).replace("/", ".")
+        for theirs, own in WAN_NAMES if wan else ():
+            name = name.replace(theirs, own)
+        scale = student.args.lora_alpha / student.args.lora_rank if name.endswith("lora_B") else 1
+        named[f"{'diffusion_model' if wan else 'transformer'}.{name}.weight"] = scale * value
+    return named
+
+
+# ------------------------------------------------------------------------------------------------- the model card
+
+
+def model_card(student, name, lora):
+    """The text of README.md: what the Hub reads in its head, and what a reader needs to sample the student."""
+    args, model, script = student.args, student.model, student.script.__name__.rpartition(".")[2]
+    averaged = f"average of decay {args.ema_decay}" if args.ema_decay else "the student itself"
+    step = read_json(student.checkpoint / "checkpoint.json")["step"]
+    note = (run_of(student.checkpoint) or student.checkpoint) / "revision.txt"
+    data = ModelCardData(
+        base_model=student.hub[0] or None,
+        base_model_relation=("adapter" if lora else "finetune") if student.hub[0] else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if args.frames == 1 else "image-to-video" if model.conditions else "text-to-video",
+        tags=["distillation", "few-step", script, *["lora"] * lora],
+    )
+    rows = {
+        "method": student.script.__doc__.splitlines()[0],
+        "teacher": student.hub[0] or Path(args.teacher).name,
+        "trained by": f"{script}.py, {step} steps, commit {note.read_text().strip() if note.is_file() else 'unknown'}",
+        "weights": averaged + ", as a LoRA" * lora,
+        "sampler": SAMPLERS[student.sampler],
+        "noise levels": ", ".join(map(str, student.sigmas)),
+        "guidance": "1: one evaluation of the network per level",
+        "size": f"{args.frames} frames, {args.height} x {args.width} pixels, {model.fps} frames per second",
+    }
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    text = ["---", data.to_yaml(), "---", "", f"# {name}", "", *table, "", "## Use", ""]
+    if student.why_not_stock:
+        text += [f"No stock pipeline samples it: {student.why_not_stock}. Here are its transformers."]
+    else:
+        text += ["```python", *snippet(student, name, lora), "```", "", *(f"- {line}" for line in notes(student))]
+    text += ["", "The teacher's license holds for its student: put it into the head of this file."]
+    return "\n".join(text) + "\n"
+
+
+def snippet(student, name, lora):
+    """Lines of Python that sample the export."""
+    args, model, qwen = student.args, student.model, student.pipeline == "QwenImagePipeline"
+    repository, revision = student.hub
+    lines, more = ["from functools import partial", "", "import diffusers", "import torch", ""], ""
+    if lora:
+        base = json.dumps(repository or "TEACHER")
+        more += f', revision="{revision}"' if revision else ""
+        if len(student.folders) > len(model.family.parts):  # a LoRA of each phase on the same weights
+            kind = model.family.transformer_class.__name__
+            lines += [f'second = diffusers.{kind}.from_pretrained({base}, subfolder="transformer"{more})']
+            more += ", transformer_2=second"
+        more += f", boundary_ratio={student.boundary}" if len(student.folders) > 1 else ""
+        lines += [f"pipe = diffusers.{student.pipeline}.from_pretrained({base}{more})"]
+        for folder, more in zip(student.folders, ("", ", load_into_transformer_2=True")):
+            lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora_name(folder)}"{more})']
+    else:
+        lines += [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{name}")']
+    stochastic = "stochastic_sampling=True" if student.sampler == "renoise" else ""
+    lines += [f"pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler({stochastic})"]
+    if not qwen:
+        lines += [f"pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas={student.sigmas})"]
+    lines += [
+        "torch.manual_seed(0)  # not generator=, which does not reach the noise of the later steps",
+        "out = pipe(",
+    ]
+    words = ['image=diffusers.utils.load_image("first_frame.png")'] if model.conditions else []
+    words += ['prompt="a prompt"', f"height={args.height}", f"width={args.width}"]
+    words += [f"num_inference_steps={len(student.sigmas)}"]
+    words += ["true_cfg_scale=1.0", f"sigmas={student.sigmas}"] if qwen else ["guidance_scale=1.0"]
+    words += [] if qwen else [f"num_frames={args.frames}"]
+    words += [f"max_sequence_length={model.text_length}"] if student.pipeline.startswith("Wan") else []
+    save = f'diffusers.utils.export_to_video(out.frames[0], "student.mp4", fps={model.fps})'
+    return [*lines, *(f"    {word}," for word in words), ")", 'out.images[0].save("student.png")' if qwen else save]
+
+
+def notes(student):
+    """What a user of the stock pipeline should know, a list of sentences."""
+    found = [
+        "It is trained for these noise levels, set above, and for guidance 1. The config alone only comes near them."
+    ]
+    if student.model.conditions:
+        found += [f"Give an image of {student.args.width} x {student.args.height}: the pipeline stretches any other."]
+    if len(student.folders) > 1:
+        found += [f"Noise levels of {student.boundary} and above are `transformer`'s, those below `transformer_2`'s."]
+    if "Cosmos" in student.pipeline:
+        found += ["The pipeline wants NVIDIA's safety checker: `pip install cosmos_guardrail`."]
+    return found
 
 
 if __name__ == "__main__":

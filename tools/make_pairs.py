@@ -1,6 +1,6 @@
 """Solve noise-video pairs of a teacher once, for the regression of dmd.py.
 
-    torchrun --nproc_per_node=8 tools/make_pairs.py pairs/ --teacher wan2.1-1.3b --prompts prompts.txt
+    torchrun --nproc_per_node=8 tools/make_pairs.py --pairs pairs/ --teacher wan2.1-1.3b --prompts prompts.txt
     torchrun --nproc_per_node=8 dmd.py --pairs pairs/ --teacher wan2.1-1.3b --prompts prompts.txt
 
 A pair is the noise and what the guided teacher makes of it by deterministic Euler steps. The flags are dmd.py's; those
@@ -9,7 +9,8 @@ the video's shape; --max-hours does not stop it. Run it again after an interrupt
 """
 
 import math
-import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,24 +18,23 @@ import torch.distributed as dist
 
 import common
 import dmd
-from training.files import UserError, make_folder
-from training.flags import check_flags, one_line_errors, parse_args
+from training.files import UserError
+from training.flags import launch
 from training.samples import samples_key, teacher_samples
 
 
-def main(out, args):
-    out, cache = Path(out), Path(args.runs_dir) / "cache"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: the first argument is the folder for the pairs")
-    check_flags(args)
+def main(args):
+    if not args.pairs:
+        raise UserError("say with --pairs in which folder the pairs go")
+    out, cache = Path(args.pairs), Path(args.runs_dir) / "cache"
     device = common.init_distributed()
     model = common.Model(args.teacher, args.frames, args.height, args.width)
     data = common.load_data(model, args.prompts, args.data, cache, device, args.seed, args.images)
-    settings = (args.guidance_scale, args.shift, args.pair_steps)
+    args = replace(args, teacher_steps=args.pair_steps)
 
     # the folder says what its pairs are, so that others are not added to them
-    key, note = str(samples_key(data, args.num_samples, args.batch_size, settings)), out / "key.txt"
-    make_folder(out, hint="")
+    key, note = str(samples_key(data, args)), out / "key.txt"
+    out.mkdir(parents=True, exist_ok=True)
     before = [note.read_text() if note.is_file() else "" if any(out.glob("*.safetensors")) else key]
     dist.broadcast_object_list(before)
     if before[0] != key:
@@ -44,19 +44,13 @@ def main(out, args):
 
     null_cond = common.encode_text(model, [model.negative_prompt], cache, device).cond_of([0])
     teacher = model.load_network("teacher", device)
-    solve = lambda noise, cond: dmd.solve_ode(teacher, noise, cond, null_cond, *settings)
+    sample = partial(dmd.sample_teacher, teacher, null_cond, model.latent_shape, args)
     run = SimpleNamespace(device=device, cache=cache, max_hours=math.inf)
-    pairs = teacher_samples(run, data, solve, args.num_samples, args.batch_size, settings, folder=out)
+    pairs = teacher_samples(run, data, sample, args, folder=out)
     if dist.get_rank() == 0:
         print(f"{len(pairs)} pairs in {out}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        asked = {"-h", "--help"} & set(sys.argv)
-        print(__doc__, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    folder = sys.argv.pop(1)
-    with one_line_errors():
-        main(folder, parse_args(dmd.Args, dmd.RECIPES))
+    launch(main, dmd.Args)

@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 import common
 import dmd
-from dmd2 import add_noise, noise_levels, predict_x0, sample_student, sample_teacher  # noqa: F401  (finished.py's)
+from dmd2 import add_noise, noise_levels, predict_x0, sample_student, sample_teacher  # noqa: F401
 from training.files import UserError
 from training.flags import Levels, launch
 from training.preview import Preview
@@ -34,14 +34,14 @@ from training.samples import solver_settings, teacher_samples
 
 @dataclass(kw_only=True)
 class Args(dmd.Args):
-    """dmd.py's flags and their numbers, and what makes the student causal."""
+    """dmd.py's flags at dmd2.py's noise levels, and what makes the student causal. Only tiny's numbers were tried."""
 
     steps: PositiveInt = 3000
     lr: NonNegativeFloat = 5e-6
-    frame_block: PositiveInt = 3
-    """Latent frames that the student makes at a time (Self-Forcing: 3)."""
-    student_sigmas: Levels = (1.0, 0.9, 0.757, 0.522)
-    """Noise levels at which it predicts a video, the first .99 to 1."""
+    frame_block: PositiveInt = 3  # Self-Forcing
+    """Latent frames that the student makes at a time."""
+    student_sigmas: Levels = (1.0, 0.9, 0.757, 0.522)  # CoDMD
+    """Noise levels at which it predicts a video, the first 1."""
 
 
 def regression_loss(student, x_t, sigma, cond, x0):
@@ -60,7 +60,7 @@ def main(args):
     run = Run(__file__, args, device)
     model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
     shape = model.latent_shape
-    model.check(args.frame_block, blocks=())
+    model.check(args.frame_block, ())
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
     teacher = model.load_network("teacher", device)

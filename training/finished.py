@@ -27,7 +27,7 @@ def load_script(name):
     for room in ("", "tools/", "experiments/"):
         if (ROOT / f"{room}{name}.py").is_file():
             return import_module(f"{room}{name}".replace("/", "."))
-    return import_module("experiments.variant").load(name)
+    return import_module("experiments.variant").load(name.partition("-")[2])
 
 
 def run_of(checkpoint):

@@ -1,29 +1,25 @@
-"""The teacher: tokenizer, text encoder and transformer, and the training of the last two on the VAE's latents."""
+"""The teachers: tokenizer, text encoder and transformer, and the training of the last two on the VAE's latents."""
 
-import json
-import os
-import shutil
 import time
-from copy import deepcopy
-from functools import cached_property
-from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.training_utils import EMAModel
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tiny import world
-from tiny.training.optim import Muon, flags_of, generator, load_state, save_state, trapezoid_lr
-from tiny.training.vae import normalised
+from tiny.training.optim import MuonAndAdamW
 
 TEXT_LENGTH = 16  # what trainers pad prompts to; the longest caption has 6 tokens
-# flags that decide what is trained, for the snapshot, beside the number of steps
-FLAGS = ("clips", "batch", "lr", "train_shift", "dropout", "ema_decay")
 STOCK_TEXT_LENGTH = 512  # what WanPipeline pads to by default
 
 
@@ -76,178 +72,121 @@ def build_transformer():
     return transformer
 
 
-class PaddedText(WanAttnProcessor):
-    """Cross-attention over the real tokens and ONE padding token that stands for all of them.
-
-    WanPipeline pads embeddings with zeros up to any length and does not mask them. n equal keys count as one key with
-    log(n) added to its logit, so training can see 16 and 512 tokens at the price of 7.
+def encode_clips(args, vae):
+    """Normalised latents [n, c, f, h, w] of the training clips (the posterior's mode), and true captions for each:
+    their numbers [n, level of detail].
     """
-
-    bias = None  # [b, 1, 1, tokens], set before each forward
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, None)
-
-
-def text_table(text_encoder, tokens):
-    """Embeddings [n, tokens + 1, d] of tokenized captions; zero past each caption's end, as WanPipeline has them."""
-    embeddings = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return F.pad(embeddings * tokens.attention_mask[..., None], (0, 0, 0, 1))
-
-
-def padding_bias(text, g):
-    """PaddedText's bias for embeddings [b, tokens + 1, d]: one row in eight has as many pads as in WanPipeline."""
-    stock = torch.rand(len(text), generator=g) < 1 / 8
-    pads = torch.where(stock, STOCK_TEXT_LENGTH, TEXT_LENGTH) - (text.shape[1] - 1)
-    bias = torch.zeros(len(text), 1, 1, text.shape[1])
-    bias[..., -1] = torch.log(pads)[:, None, None]
-    return bias
-
-
-def cached_latents(args, vae, name):
-    """Normalised latents of the training clips (the posterior's mode), float16 [n, c, f, h, w].
-
-    Encoded in chunks, in files of that name in --work, so that an interrupted run goes on where it stopped.
-    """
-    args.work.mkdir(parents=True, exist_ok=True)
-    size, chunks = 2048, []
-    key = blake2b(b"".join(x.detach().numpy().tobytes() for x in vae.state_dict().values()), digest_size=4).hexdigest()
-    for first in range(0, args.clips, size):
-        path = args.work / f"{name}-{args.seed + 2}-{key}-{first}.safetensors"
-        if not path.exists():
-            latents = []
-            for i in range(first, first + size, 64):
-                with torch.no_grad():
-                    latents.append(normalised(vae, world.batch(args.seed + 2, range(i, i + 64))[0]).half().contiguous())
-            save_file({"latents": torch.cat(latents)}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        chunks.append(load_file(path)["latents"])
-    return torch.cat(chunks)
-
-
-class Clips:
-    """The training clips: their latents, a true caption for each, and the expected clip behind a noisy one."""
-
-    def __init__(self, args, vae, name="latents"):
-        self.latents = cached_latents(args, vae, name).float()
-        rows = [world.draw_factors(args.seed + 2, i) for i in range(args.clips)]
-        said = [[world.caption_of({name: f[name] for name in names}) for names in world.LEVELS.values()] for f in rows]
-        self.captions = torch.tensor([[world.CAPTIONS.index(caption) for caption in captions] for captions in said])
-
-    @cached_property
-    def true(self):
-        """For each caption the clips that it is true of, [n, d], and their squared norms."""
-        of = [self.latents[(self.captions == i).any(1)].flatten(1) for i in range(len(world.CAPTIONS))]
-        return [(clips, clips.square().sum(1)) for clips in of]
-
-    def shown(self, rows, drop, g):
-        """Captions of these clips as indices [b], of any level of detail; past the last one where it is dropped."""
-        detail = torch.randint(self.captions.shape[1], rows.shape, generator=g)
-        return torch.where(drop, len(world.CAPTIONS), self.captions[rows, detail])
-
-    def expect(self, x0, x_t, sigma, shown, above=0.85):
-        """Put the mean over all clips of which the caption is true in the place of x0 [b, ...], where sigma is high."""
-        nothing = world.CAPTIONS.index("a shape")  # which says no more than the empty caption
-        said = torch.where(shown == len(world.CAPTIONS), nothing, shown)
-        for caption in said[sigma > above].unique():
-            same = (said == caption) & (sigma > above)  # below, only the clip itself counts
-            x0[same] = posterior_mean(x_t[same], sigma[same], *self.true[caption])
-
-
-def save_teacher(args, transformer, text_encoder):
-    """Write the whole pipeline aside, then swap it in."""
-    aside, old = args.out.with_name(args.out.name + ".new"), args.out.with_name(args.out.name + ".old")
-    for folder in (aside, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    pipe = WanPipeline(
-        tokenizer=build_tokenizer(),
-        text_encoder=text_encoder,
-        vae=AutoencoderKLWan.from_pretrained(args.work / "vae"),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=args.shift),
-        transformer=transformer,
+    mean, std = (
+        rearrange(torch.tensor(values), "c -> c 1 1 1") for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    pipe.save_pretrained(aside)
-    config = aside / "vae" / "config.json"  # diffusers notes where the VAE was loaded from, which is a path of ours
-    fields = json.loads(config.read_text())
-    fields.pop("_name_or_path", None)
-    config.write_text(json.dumps(fields, indent=2) + "\n")
-    if args.out.exists():
-        args.out.rename(old)
-    aside.rename(args.out)
-    shutil.rmtree(old, ignore_errors=True)
+    latents, captions = [], []
+    for start in range(0, args.clips, 64):
+        numbers = range(start, min(start + 64, args.clips))
+        videos, _ = world.batch(args.seed + 2, numbers)
+        with torch.no_grad():
+            latents.append((vae.encode(videos * 2 - 1).latent_dist.mode() - mean) / std)
+        for factors in (world.draw_factors(args.seed + 2, i) for i in numbers):
+            said = [world.caption_of({name: factors[name] for name in names}) for names in world.LEVELS.values()]
+            captions.append([world.CAPTIONS.index(caption) for caption in said])
+    return torch.cat(latents), torch.tensor(captions)
+
+
+def embed(text_encoder, tokens, length):
+    """Embeddings [n, length, d] of tokenized captions, zero past each caption's end, as WanPipeline has them."""
+    embeddings = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    embeddings = embeddings * tokens.attention_mask[..., None]
+    return F.pad(embeddings, (0, 0, 0, length - embeddings.shape[1]))
 
 
 def posterior_mean(x_t, sigma, clips, squares):
     """E[x0 | x_t], were x0 one of `clips` [n, d] with equal chances. x_t: [b, ...], sigma: [b], squares: |clips|^2 [n].
 
     As a target it has the same mean as the one clip that x_t was made of, so the same gradient in expectation, without
-    the noise of which clip that was. At high noise this is most of the target (Xu et al. 2023, arXiv 2302.00670, with
-    all clips as the reference batch); at low noise the posterior mean is the clip itself.
+    the noise of which clip that was (Xu et al. 2023, arXiv 2302.00670, with all clips as the reference batch).
     """
     signal = 1 - sigma[:, None]
     logits = (signal * (x_t.flatten(1) @ clips.T) - signal**2 * squares / 2) / sigma[:, None] ** 2
     return (torch.softmax(logits, dim=1) @ clips).view_as(x_t)
 
 
-def train_teacher(args):
-    """Train transformer and text encoder on the clips' latents, and write the pipeline with their weight averages."""
-    data = Clips(args, AutoencoderKLWan.from_pretrained(args.work / "vae"))
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    tokens = tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
-    text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
-    ema_text, ema = deepcopy(text_encoder), deepcopy(transformer)  # made first: they keep the stock processors
-    ema_text.requires_grad_(False), ema.requires_grad_(False)
-    padded = PaddedText()
-    for block in transformer.blocks:
-        block.attn2.set_processor(padded)
-    modules = {"transformer": transformer, "text": text_encoder, "ema": ema, "ema_text": ema_text}
-    params = [*transformer.parameters(), *text_encoder.parameters()]
-    ema_params = [*ema.parameters(), *ema_text.parameters()]
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
-    chosen = set(matrices)
-    optimizer = Muon(matrices, [p for p in params if p not in chosen], args.lr)
-    snapshot, flags = args.work / "teacher.safetensors", flags_of(args, "steps", *FLAGS)
-    start = load_state(snapshot, modules, optimizer, flags)
-    velocity = torch.compile(transformer) if args.compile else transformer
+def train_transformer(args, pipe, params, steps, peak_lr, known=0):
+    """Train `params` of the pipeline's transformer and text encoder, in place, and leave their average there.
+
+    known: how many first latent frames are given: they stay clean, and their tokens are told noise level 0, as in Wan
+    2.2 5B.
+    """
+    transformer = pipe.transformer
+    latents, captions = encode_clips(args, pipe.vae)
+    # the clips that each caption is true of, and all for the empty one
+    true = [latents[(captions == i).any(1)].flatten(1) for i in range(len(world.CAPTIONS))] + [latents.flatten(1)]
+    squares = [clips.square().sum(1) for clips in true]
+    tokens = pipe.tokenizer([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
+    optimizer = MuonAndAdamW(params, [p for p in transformer.blocks.parameters() if p.ndim == 2])
+    ema = EMAModel(params, decay=args.ema_decay)
+    velocity = torch.compile(transformer, dynamic=False) if args.compile else transformer
     begin, average = time.time(), 1.0
 
-    for step in range(start, args.steps):
-        g = generator(args.seed, step, 1)
-        rows = torch.randint(args.clips, (args.batch,), generator=g)
-        x0 = data.latents[rows]
+    for step in range(steps):
+        rows = torch.randint(args.clips, (args.batch,))
+        x0 = latents[rows]
         # noise levels: logit-normal, one in four uniform so that the ends are trained too; stratified over the batch
-        u = (torch.arange(args.batch) + torch.rand(args.batch, generator=g)) / args.batch
-        uniform = (torch.arange(args.batch) + torch.randint(4, (1,), generator=g)) % 4 == 0
+        u = (torch.arange(args.batch) + torch.rand(args.batch)) / args.batch
+        uniform = (torch.arange(args.batch) + torch.randint(4, (1,))) % 4 == 0
         u = torch.where(uniform, u, torch.sigmoid(torch.special.ndtri(u)))
         sigma = args.train_shift * u / (1 + (args.train_shift - 1) * u)
-        noise = torch.randn(x0.shape, generator=g)
-        s = rearrange(sigma, "b -> b 1 1 1 1")
-        x_t = (1 - s) * x0 + s * noise
+        levels = sigma[:, None].repeat(1, x0.shape[2])
+        levels[:, :known] = 0
+        s = rearrange(levels, "b f -> b 1 f 1 1")
+        x_t = (1 - s) * x0 + s * torch.randn_like(x0)
+        tokens_per_frame = x0.shape[3] // 2 * (x0.shape[4] // 2)
+        timestep = 1000 * (levels.repeat_interleave(tokens_per_frame, dim=1) if known else sigma)
 
-        drop = torch.rand(args.batch, generator=g) < args.dropout
-        shown = data.shown(rows, drop, g)
-        data.expect(x0, x_t, sigma, shown)
-        text = text_table(text_encoder, tokens)[shown]
-        padded.bias = padding_bias(text, g)
+        # any true caption, or the empty one, which guidance needs
+        caption = captions[rows, torch.randint(captions.shape[1], (args.batch,))]
+        caption[torch.rand(args.batch) < args.dropout] = len(world.CAPTIONS)
+        if not known:  # at high noise the clip behind x_t is anybody's guess: its mean is the target
+            for i in caption[sigma > 0.85].unique():
+                rows = (caption == i) & (sigma > 0.85)
+                x0[rows] = posterior_mean(x_t[rows], sigma[rows], true[i], squares[i])
+        length = STOCK_TEXT_LENGTH if torch.rand(()) < 1 / 8 else TEXT_LENGTH  # Wan does not mask padding
+        text = embed(pipe.text_encoder, tokens, length)[caption]
 
-        v = velocity(x_t, 1000 * sigma, text, return_dict=False)[0]
-        loss = F.mse_loss(v, (x_t - x0) / s)
-        for group in optimizer.param_groups:
-            group["lr"] = trapezoid_lr(step, args.steps, args.lr, warmup=300)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        decay = min(args.ema_decay, (1 + step) / (10 + step))  # a young average must not hold on to the initial weights
-        torch._foreach_lerp_(ema_params, [p.detach() for p in params], 1 - decay)
+        v = velocity(x_t, timestep, text, return_dict=False)[0]
+        loss = F.mse_loss(v[:, :, known:], ((x_t - x0) / s)[:, :, known:])
+        # warmed up, level, and down to zero over the last 60 %
+        optimizer.step(loss, peak_lr * min(1, (step + 1) / 300, (1 - step / steps) / 0.6))
+        ema.step(params)
 
         average += 0.01 * (loss.item() - average)
         if step % 100 == 0:
-            rate = (time.time() - begin) / (step - start + 1)
-            print(f"teacher {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(snapshot, step + 1, modules, optimizer, flags)
-            save_teacher(args, ema, ema_text)
-    if start >= args.steps:  # of a finished snapshot, perhaps into another folder
-        save_teacher(args, ema, ema_text)
+            rate = (time.time() - begin) / (step + 1)
+            print(f"transformer {step}: loss {average:.4f} ({rate:.3f} s/step)", flush=True)
+    ema.copy_to(params)
+
+
+def train_teacher(args):
+    """Train transformer and text encoder on the latents of the VAE in <out>/vae, and write the whole pipeline."""
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae")
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=build_text_encoder(len(tokenizer)),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=build_transformer(),
+    )
+    params = [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]
+    train_transformer(args, pipe, params, args.steps, args.lr)
+    pipe.save_pretrained(args.out)
+
+
+def train_image_to_video(args):
+    """Train the transformer of <out> on with the first frame given, and write the pipeline <out>_i2v."""
+    pipe = WanPipeline.from_pretrained(args.out)
+    torch.manual_seed(args.seed)
+    pipe.text_encoder.requires_grad_(False)
+    train_transformer(args, pipe, list(pipe.transformer.parameters()), args.i2v_steps, args.lr / 2, known=1)
+    parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    i2v = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+    i2v.save_pretrained(args.out.with_name(args.out.name + "_i2v"))

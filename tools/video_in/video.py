@@ -51,24 +51,21 @@ def video_stream(container):
 def timed_frames(container, stream):
     """Yield (time in seconds, a Fraction; frame) in the order of display, checked to be all of one kind.
 
-    Times are FFmpeg's best effort: those of the frames, or of the packets where the frames' go backwards more often.
+    Times are the frames' own, or their packets' where they have none, as in avi.
     """
-    kind, last, backwards = None, {}, {"pts": 0, "dts": 0}
+    kind, last = None, None
     for frame in container.decode(stream):
-        stamps = {name: getattr(frame, name) for name in ("pts", "dts") if getattr(frame, name) is not None}
-        if not stamps:
-            raise Unreadable("its frames have no timestamps")
-        for name, stamp in stamps.items():
-            backwards[name] += stamp <= last.get(name, stamp - 1)
-        last |= stamps
         transfer = {int(frame.color_trc), int(stream.codec_context.color_trc)} & HDR.keys()
         if transfer:
             raise Unreadable(f"it is HDR ({HDR[transfer.pop()]}), which is not read: convert it to SDR")
-        size = f"{frame.width} x {frame.height}"
-        if kind not in (None, (size, display_matrix(frame))):
-            raise Unreadable(f"it changes midway from {kind[0]} to {size} or is turned")
-        kind = size, display_matrix(frame)
-        yield stamps[min(stamps, key=lambda name: (backwards[name], name == "dts"))] * frame.time_base, frame
+        own = (frame.width, frame.height, *display_matrix(frame))
+        if kind not in (None, own):
+            raise Unreadable("its size or orientation changes midway")
+        stamp = frame.dts if frame.pts is None else frame.pts
+        if stamp is None or (last is not None and stamp <= last):
+            raise Unreadable("its frames have no timestamps that rise")
+        kind, last = own, stamp
+        yield stamp * frame.time_base, frame
 
 
 def nearest_frames(timed, frames, fps):

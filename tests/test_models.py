@@ -1,0 +1,351 @@
+"""Every family against its stock pipeline, on small random folders that diffusers writes itself: the same noise and
+prompts give the same latents, every script trains on it and resumes, its student samples in the stock pipeline.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import ExifTags, Image
+from safetensors.torch import load_file
+
+import codmd
+import common
+import dfd
+import dmd
+import dmd2
+import models.folders
+import phased_dmd
+from models.folders import family_of, teacher_folder
+from models.images import find_images, read_images, to_pil
+from models.latents import encode
+from models.presets import PRESETS, TINY_WORLD, name_of
+from tests import small_teachers
+from tests.conftest import on_ranks, only_run, same
+from tests.ranks import adam_eps, train_all
+from tests.small_teachers import SMALL
+from tools import make_shards
+from tools.video_in.video import read_clip
+from training.finished import load_run, students_of
+from training.flags import with_recipe
+from training.media import write_mp4
+from training.samples import samples_key
+
+CPU, EPS = torch.device("cpu"), 1e-6
+PROMPTS, NEGATIVE, STEPS, SHIFT = ["a red circle", "a blue square"], "a green triangle", 4, 3.0
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCRIPTS = (dmd, dmd2, dfd, codmd, phased_dmd)
+FLAGS = {
+    "steps": 4, "batch_size": 2, "grad_accum": 1, "student_every": 2, "preview_prompts": 2, "preview_seeds": 2,
+    "teacher_steps": 2, "num_samples": 4, "save_every": 2, "preview_every": 4, "guidance_scale": 2.0, "shift": 3.0,
+    "student_sigmas": (1.0, 0.8), "gan_weight": 0.01, "discriminator_blocks": (0, 1), "gradient_checkpointing": 1,
+    "lr": 1e-3, "fake_score_lr": 1e-3, "ema_decay": 0.5, "pair_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small teachers, prompts for all of them and their first frames."""
+    small_teachers.put_in_torchvision()
+    folder = tmp_path_factory.mktemp("teachers")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
+    (folder / "images").mkdir()
+    for i in range(1, 4):
+        to_pil(torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(i))).save(
+            folder / f"images/{i:02d}.png"
+        )
+    return folder
+
+
+def model_of(name, folders):
+    common.init_distributed()
+    return common.Model(small_teachers.write(name, folders), *SMALL[name][2:])
+
+
+def args_of(script, name, folders, runs_dir, **more):
+    size = dict(zip(("frames", "height", "width"), SMALL[name][2:]))
+    flags = FLAGS | size | {"teacher": small_teachers.write(name, folders), "runs_dir": str(runs_dir)}
+    flags |= {"prompts": str(folders / "prompts.txt")} | ({"images": str(folders / "images")} if "i2v" in name else {})
+    flags |= {"phase_ends": (0.8, 0.0), "lora_rank": 2 if name != "wan_5b" else 0} if script is phased_dmd else {}
+    flags |= {"score_ends": (0.9, 0.0)} if "experts" in name else {}
+    flags |= {"init": None} | more
+    known = script.Args.__dataclass_fields__
+    return with_recipe(script.Args, script.RECIPES, **{key: value for key, value in flags.items() if key in known})
+
+
+def exported(run, step):
+    place = run / "checkpoints" / f"step_{step:07d}" / "student"
+    return {path.parent.name: load_file(path) for path in sorted(place.glob(f"*/{WEIGHTS}"))}
+
+
+def stock_pipeline(teacher, steps=STEPS):
+    """The stock pipeline of a small teacher for its task, with the scripts' sigmas."""
+    folder, is_i2v = teacher.removesuffix(":i2v"), teacher.endswith(":i2v")
+    more = {"safety_checker": small_teachers.NoSafetyChecker()} if "cosmos" in folder else {}
+    kind = diffusers.WanImageToVideoPipeline if is_i2v and "wan" in folder else diffusers.DiffusionPipeline
+    pipe = kind.from_pretrained(folder, **more)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    if "qwen" not in folder:  # which takes them as an argument
+        plain, sigmas = pipe.scheduler.set_timesteps, torch.linspace(1, 0, steps + 1)[:-1].tolist()
+        pipe.scheduler.set_timesteps = lambda *args, device=None, **more: plain(sigmas=sigmas, device=device)
+    return pipe
+
+
+def stock_latents(pipe, model, noise, guidance_scale, image, steps=STEPS):
+    """Latents [b, c, f, h, w] that the stock pipeline makes of the noise."""
+    frames, height, width = model.size
+    own = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
+    if isinstance(pipe, diffusers.QwenImagePipeline):  # without guidance: it would rescale the prediction, we do not
+        packed = pipe._pack_latents(noise[:, :, 0], *noise.shape[:2], *noise.shape[3:])
+        sigmas = torch.linspace(1, 0, steps + 1)[:-1].tolist()
+        out = pipe(PROMPTS, latents=packed, true_cfg_scale=1.0, sigmas=sigmas, **own).images
+        return pipe._unpack_latents(out, height, width, 8)
+    own |= {"image": to_pil(image[0])} if model.conditions else {}
+    if "Cosmos" not in type(pipe).__name__:
+        own |= {"max_sequence_length": model.text_length}
+    elif guidance_scale > 1:
+        guidance_scale -= 1  # its guidance is c + w (c - u)
+    negative = [NEGATIVE] * 2
+    return pipe(prompt=PROMPTS, negative_prompt=negative, latents=noise, num_frames=frames,
+                guidance_scale=guidance_scale, **own).frames  # fmt: skip
+
+
+def inputs(model, cache):
+    """Noise, conditions, the negative prompt's, and a first frame [1, 3, 1, h, w] of 8-bit pixels."""
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, 1, *model.size[1:], generator=torch.Generator().manual_seed(3))
+    image = (255 * image).round() / 255
+    texts = common.encode_text(model, [*PROMPTS, NEGATIVE], cache, CPU)
+    own = {key: x.expand(2, *x.shape[1:]) for key, x in model.image_encoder(CPU)(image).items()}
+    return noise, texts.cond_of([0, 1]) | own, texts.cond_of([2]), image
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_teacher_is_the_stock_pipelines(name, folders, tmp_path):
+    model = model_of(name, folders)
+    network, pipe = model.load_network("teacher", CPU), stock_pipeline(model.name)
+    noise, cond, null_cond, image = inputs(model, tmp_path)
+    assert bool(model.conditions) == ("i2v" in name)
+    assert {key: x.shape[1:] for key, x in cond.items() if key != "text"} == model.conditions
+    for guidance_scale in (1.0,) if name == "qwen_image" else (1.0, 4.0):
+        ours = dmd2.solve_ode(network, noise, cond, null_cond, guidance_scale, SHIFT, STEPS)
+        theirs = stock_latents(pipe, model, noise, guidance_scale, image)
+        assert (ours - theirs).abs().max() < 1e-5 and theirs.std() > 0.1
+    flipped = {**cond, "text": cond["text"].flip(0)}
+    other = dmd2.solve_ode(network, noise, flipped, null_cond, guidance_scale, SHIFT, STEPS)
+    assert (ours - other).abs().max() > 1e-3, "the text matters"
+
+    # features; and each sample of a batch is as it is alone, of two experts each by its own
+    sigma, tokens = torch.tensor([0.95, 0.3]), math.prod(model.latent_shape[1:]) // math.prod(model.patch)
+    v, features = network(noise, sigma, cond, (0, 1))
+    assert [x.shape for x in features] == [(2, tokens, network.width)] * 2 and v.dtype == torch.float32
+    for i in range(2):
+        own = {key: x[i : i + 1] for key, x in cond.items()}
+        alone, (feature,) = network(noise[i : i + 1], sigma[i : i + 1], own, (1,))
+        torch.testing.assert_close(v[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(features[1][i : i + 1], feature, atol=1e-4, rtol=1e-4)
+    if model.conditions:
+        first = encode(model.load_vae(CPU), image).expand(2, -1, -1, -1, -1)
+        torch.testing.assert_close(model.family.first_latent(cond), first, atol=1e-5, rtol=1e-5)
+    if "first" in cond:
+        x0 = dmd2.predict_x0(network, noise, sigma, cond)
+        torch.testing.assert_close(x0[:, :, :1], first, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+slow = lambda *params: pytest.param(*params, marks=pytest.mark.slow)
+OTHERS = [name for name in SMALL if name != "wan"]
+
+
+@pytest.mark.parametrize("name", [n if n == "wan_i2v_experts" else slow(n) for n in OTHERS])
+def test_students_sample_in_the_stock_pipeline(name, folders, tmp_path):
+    """One Euler step of the stock pipeline from sigma 1 is the one-step student."""
+    args = args_of(dmd2, name, folders, tmp_path, student_sigmas=(1.0,), preview_every=0, steps=2)
+    dmd2.main(args)
+    run, model = load_run(only_run(tmp_path, dmd2)), model_of(name, folders)
+    (student,) = students_of(model, CPU, *run, raw=False)
+    noise, cond, _, image = inputs(model, tmp_path)
+    with torch.no_grad():
+        ours = dmd2.predict_x0(student, noise, torch.ones(2), cond)
+        begun = dmd2.predict_x0(model.load_network("teacher", CPU), noise, torch.ones(2), cond)
+    pipe = stock_pipeline(args.teacher, steps=1)
+    for part in model.family.parts:
+        setattr(pipe, part, model.family.transformer_class.from_pretrained(run[-1] / "student" / part))
+    theirs = stock_latents(pipe, model, noise, 1.0, image, steps=1)
+    assert (ours - theirs).abs().max() < 1e-5 and (ours - begun).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_script_trains_resumes_and_exports(name, folders, tmp_path):
+    """With every family phased_dmd.py is resumed, and in turn one of the others: how they resume is the same text."""
+    resumed = (phased_dmd, SCRIPTS[list(SMALL).index(name) % 4])
+    for script in SCRIPTS:
+        place = tmp_path / script.__name__
+        script.main(args_of(script, name, folders, place))
+        run = only_run(place, script)
+        ends = exported(run, 4)
+        assert ends and (run / "previews" / "step_0000004.png").is_file()
+        if script in resumed:  # from the middle, in a folder of its own: the same end, to the bit
+            before = run / "checkpoints" / "step_0000002"
+            script.main(args_of(script, name, folders, place, resume=str(before), preview_every=0))
+            (again,) = set(place.glob(f"{script.__name__}__*")) - {run}
+            assert all(same(weights, ends[part]) for part, weights in exported(again, 4).items()), script.__name__
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(folders, tmp_path):
+    """Two processes with batch b, one with 2b: the same weights, up to what Adam makes of sums in another order.
+
+    With every family one script, and where there are two experts phased_dmd.py; they agreed to 4.3e-5. With Adam's own
+    eps it was 2.9e-3 for one pair: its first steps are of one size, so rounding shows where a gradient is nearly zero.
+    """
+    plain = {"steps": 2, "student_every": 1, "preview_every": 0, "save_every": 2, "gradient_checkpointing": 0}
+    others, runs = itertools.cycle(SCRIPTS[:4]), []
+    for name in OTHERS:
+        for script in (next(others), phased_dmd)[: 1 + ("experts" in name)]:
+            runs.append((script.__name__, args_of(script, name, folders, tmp_path / name / "2", batch_size=1, **plain)))
+            with adam_eps(EPS):
+                script.main(args_of(script, name, folders, tmp_path / name / "1", batch_size=2, **plain))
+    on_ranks(2, train_all, runs, EPS, folders={args.runs_dir for _, args in runs})
+    for script, args in runs:
+        place, start = Path(args.runs_dir).parent, teacher_folder(args.teacher)
+        one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in "12")
+        for part, weights in one.items():  # phases begin with the teacher's one network
+            begun = load_file(start / (part if (start / part).is_dir() else "transformer") / WEIGHTS)
+            far, apart = (sum((w - x[key]).square().sum() for key, w in weights.items()) for x in (begun, other[part]))
+            assert apart**0.5 <= 2e-4 * far**0.5, f"{place}, {part}"
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in TINY_WORLD])
+def test_named_teachers_are_downloaded_as_asked_for(name, folders, tmp_path, monkeypatch):
+    """A stand-in for the Hub's client that gives exactly the requested patterns of that revision."""
+    preset = PRESETS[name]
+    small = next(
+        n for n, (build, suffix, *_) in SMALL.items() if n.replace("_", "") == preset.family.partition(".")[2].lower()
+    )
+    folder = Path(small_teachers.write(small, folders).removesuffix(":i2v"))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")  # which an export's card takes over
+
+    def snapshot_download(repository, revision, allow_patterns):
+        assert f"{repository}{f'@{revision}' if revision else ''}" == preset.source
+        for path in folder.rglob("*"):
+            part = path.relative_to(folder)
+            if path.is_file() and any(part.match(pattern) for pattern in allow_patterns):
+                (tmp_path / "hub" / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "hub" / part)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(models.folders, "snapshot_download", snapshot_download)
+    model = common.Model(name, *SMALL[small][2:])
+    model.load_network("teacher", CPU)
+    assert (model.folder / "README.md").is_file() and not (model.folder / "scheduler").exists()
+    cls = family_of(preset.family).transformer_class
+    with torch.device("meta"):
+        config = cls.from_config(preset.config).config
+    assert preset.config.items() <= config.items()
+    # a folder of that family and config has its name
+    (tmp_path / "hub/transformer/config.json").write_text(json.dumps(preset.config))
+    assert name_of(f"{tmp_path}/hub{SMALL[small][1]}") == name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [
+        ("wan", {"_class_name": "HunyuanVideoPipeline"}, "HunyuanVideoPipeline"),
+        ("wan", {"transformer": ["diffusers", "WanVACETransformer3DModel"]}, "WanVACETransformer3DModel"),
+        ("wan_i2v", {"vae": ["diffusers", "AutoencoderKL"]}, "AutoencoderKL"),
+        ("wan", {":i2v": 1}, "one task"),
+        ("wan_i2v", {"gone": "image_encoder"}, "image_encoder"),
+    ],
+)
+def test_folders_of_no_family_are_one_line(name, changes, word, folders, tmp_path, fails):
+    folder = shutil.copytree(small_teachers.write(name, folders), tmp_path / "changed")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | changes))
+    if "gone" in changes:
+        shutil.rmtree(folder / changes["gone"])
+    fails(lambda: teacher_folder(f"{folder}{':i2v' * (':i2v' in changes)}"), str(folder), word)
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+def test_image_to_video_needs_images_and_only_it(folders, tmp_path, fails):
+    for name, images, word in (
+        ("wan_5b_i2v", None, "begins with an image"),
+        ("wan_5b", str(folders / "images"), "--images"),
+    ):
+        args = dataclasses.replace(args_of(dmd2, name, folders, tmp_path), images=images)
+        fails(lambda args=args: dmd2.main(args), word)
+
+
+def test_images_are_read_as_they_are_seen(tmp_path, fails):
+    """Upright and cropped in the middle; 16 bits would be cut off at 255."""
+    exif, pixels = Image.Exif(), torch.rand(3, 1, 24, 40, generator=torch.Generator().manual_seed(0))
+    exif[ExifTags.Base.Orientation] = 6  # lies on its side, to be turned by a quarter, clockwise
+    to_pil(pixels).save(tmp_path / "1.png", exif=exif)
+    wide = torch.zeros(3, 1, 24, 120)
+    wide[0, :, :, 40:80] = 1  # red in its middle
+    to_pil(wide).save(tmp_path / "02.png")
+    Image.new("I;16", (32, 32), 40000).save(tmp_path / "3.png")
+    (tmp_path / "4.png").write_bytes(b"no image")
+    first, second, *others = find_images(tmp_path, 4)
+    assert (read_images([first], 40, 24)[0] - torch.rot90(pixels, -1, (2, 3))).abs().max() < 1 / 255
+    assert torch.equal(read_images([second], 24, 40)[0], wide[:, :, :, 40:80])
+    for path in others:
+        fails(lambda path=path: read_images([path], 32, 32), str(path))
+    fails(lambda: find_images(tmp_path, 5), "5")
+    shutil.copy(first, tmp_path / "01.png")
+    fails(lambda: find_images(tmp_path, 1), "1")
+
+
+def test_samples_of_the_teacher_are_those_of_their_first_frames_and_task(folders, tmp_path):
+    """What is cached for some images is not found for others, nor by the text-to-video of the same weights."""
+    keys, prompts = [], str(folders / "prompts.txt")
+    for name, colour in (("wan_5b_i2v", 0.0), ("wan_5b_i2v", 1.0), ("wan_5b", None)):
+        model, images = model_of(name, folders), None
+        if colour is not None:
+            images = tmp_path / f"images_{colour}"
+            images.mkdir()
+            for line in range(1, 4):
+                to_pil(torch.full((3, 1, 64, 64), colour)).save(images / f"{line}.png")
+        for _ in range(2):
+            data = common.load_data(model, prompts, None, tmp_path / "cache", CPU, 0, images)
+            keys.append(samples_key(data, 4, 2, (2.0, 3.0, 2)))
+    assert keys[0::2] == keys[1::2] and len(set(keys)) == 3
+
+
+def test_shards_hold_what_the_family_needs(folders, tmp_path, fails):
+    """make_shards.py writes it, and a run on the shards has the conditions of the clips' first frames."""
+    (tmp_path / "clips").mkdir()
+    for i in range(3):
+        clip = torch.rand(3, 9, 32, 32, generator=torch.Generator().manual_seed(i))
+        write_mp4(tmp_path / "clips" / f"{i}.mp4", clip, 16)
+        (tmp_path / "clips" / f"{i}.txt").write_text(PROMPTS[i % 2])
+    for name in ("wan_i2v", "cosmos"):
+        flags = {"frames": 9, "height": 32, "width": 32, "teacher": small_teachers.write(name, folders)}
+        make_shards.main(make_shards.Args(clips=tmp_path / "clips", out=tmp_path / name, **flags))
+    model = model_of("wan_i2v", folders)
+    shards, vae = common.Shards(tmp_path / "wan_i2v", model, CPU, keys=("latents",)), model.load_vae(CPU)
+    cond, latents, read = shards.cond_of([0, 1, 2]), shards.latents_of([0, 1, 2]), model.image_encoder(CPU)
+    for i in range(3):
+        clip = read_clip(tmp_path / "clips" / f"{i}.mp4", 9, 32, 32, model.fps)[None]
+        row = next(row for row in range(3) if torch.allclose(latents[row], encode(vae, clip)[0]))
+        for key, value in read(clip[:, :, :1]).items():
+            torch.testing.assert_close(cond[key][row], value[0])
+    # shards of a text-to-video teacher are not enough
+    own = model_of("cosmos_i2v", folders)
+    fails(lambda: common.Shards(tmp_path / "cosmos", own, CPU, keys=("latents",)), "0.first is missing")
