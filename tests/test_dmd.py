@@ -27,10 +27,9 @@ def test_velocity_and_x0_are_one_prediction():
     x_t = dmd.add_noise(x0, noise, sigma)
     torch.testing.assert_close(x_t[3], noise[3])
     torch.testing.assert_close(dmd.predict_x0(lambda *_: (noise - x0, []), x_t, sigma, COND), x0)
-    assert dmd.flow_loss(noise - x0, x0, noise).item() == 0
 
 
-@pytest.mark.parametrize(("shift", "atom"), [(1.0, 0.02), (5.0, 0.0926), (8.0, 0.1404)])
+@pytest.mark.parametrize(("shift", "atom"), [(1.0, 0.02), (8.0, 0.1404)])
 def test_score_sigmas(shift, atom):
     """The shift, and how much of it the clamp puts on .98: 1 - .98 / (s - .98 (s - 1))."""
     sigma = dmd.sample_sigma(Grid(100_000), shift)

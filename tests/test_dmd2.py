@@ -12,8 +12,6 @@ def test_gan_losses():
     logits = torch.tensor([[0.0, 2.0]], requires_grad=True)
     dmd2.gan_student_loss(logits).backward()
     torch.testing.assert_close(logits.grad, -torch.sigmoid(-logits.detach()) / 2)
-    zero = torch.zeros(3, 5)
-    assert dmd2.discriminator_loss(zero, zero).item() == pytest.approx(2 * torch.tensor(2.0).log().item())
     # the best discriminator of two Gaussians with equal spread has the logit of their likelihood ratio
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     losses = {k: dmd2.discriminator_loss(k * (x - 0.5), k * (x + 0.5)).item() for k in (0.7, 1.0, 1.3)}

@@ -122,14 +122,13 @@ def test_a_run_with_phases_is_no_student(tmp_path, fails):
         fails(lambda args=moved: phased_dmd.main(args), f"--{name.replace('_', '-')}")
 
 
-def test_a_lora_starts_as_no_change_and_as_wide_as_a_linear_layer():
+def test_a_lora_starts_as_wide_as_a_linear_layer():
     """nn.Linear draws its weights evenly from +-1 / sqrt(inputs), and so does the LoRA's first half."""
     model, device = common.Model("tiny", 9, 32, 32), torch.device("cpu")
     base = model.load_network("teacher", device, adapters={"student": (16, 8.0)})
     weights = dict(model.load_network("student", device, base=base).named_parameters())
     down = [v.detach() * v.shape[1] ** 0.5 for k, v in weights.items() if "lora_A" in k]
     assert down and all(0.98 < v.abs().max() <= 1 and v.std() == pytest.approx(3**-0.5, rel=0.05) for v in down)
-    assert all((v == 0).all() for k, v in weights.items() if "lora_B" in k)
 
 
 @pytest.mark.slow
@@ -145,8 +144,8 @@ def test_two_ranks_match_one(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"phase_ends": (0.7, 0.0)}, {"phase_ends": (0.75,)}, {"phase_ends": (0.5, 0.75, 0.0)}, {"phase_ends": ()},
-        {"score_ends": (0.8,)}, {"score_ends": (0.7, 0.0)}, {"score_ends": (0.98, 0.0)},
+        {"phase_ends": (0.7, 0.0)}, {"phase_ends": (0.75,)}, {"phase_ends": (0.5, 0.75, 0.0)},
+        {"score_ends": (0.8,)}, {"score_ends": (0.7, 0.0)},
     ],
 )  # fmt: skip
 def test_bad_flags(tmp_path, fails, flags):
