@@ -3,7 +3,9 @@
 import torch
 
 from training.media import to_uint8
-from training.metrics import preview_metrics, vendi_score
+from training.metrics import pooled_distances, preview_metrics
+
+VENDI_BANDWIDTH = 0.15
 
 
 def measure(clips, fps):
@@ -14,6 +16,20 @@ def measure(clips, fps):
     if len(clips) == 1:
         del values["diversity"], values["vendi"]
     return values | ({"optical_flow": optical_flow(clips, fps)} if clips.shape[2] > 1 else {})
+
+
+def vendi_score(clips):
+    """Vendi score: the effective number of distinct clips among the seeds of one prompt.
+
+    exp of the Shannon entropy of the eigenvalues of K / s (Friedman & Dieng 2022, arXiv 2210.02410, definition 3.1).
+    clips [s, 3, f, h, w] in [0, 1] -> float in [1, s]. Compare only at equal s.
+    """
+    # A Gaussian kernel on the pooled RMS distance d. The cosine of non-negative pixels is near 1 for any two clips.
+    # The bandwidth is fixed, never fitted to the clips, so scores compare over runs. At .15, eight clips all d apart
+    # score 1.3, 2.2, 3.7, 5.4, 7.6 for d = .05, .1, .15, .2, .3: the range that seeds of one prompt span.
+    kernel = torch.exp(-pooled_distances(clips).square() / (2 * VENDI_BANDWIDTH**2))
+    eigenvalues = torch.linalg.eigvalsh(kernel / len(clips)).clamp(min=0)  # rounding can leave -1e-17
+    return torch.special.entr(eigenvalues).sum().exp().item()
 
 
 def optical_flow(clips, fps):

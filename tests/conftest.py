@@ -1,10 +1,8 @@
-"""Short real runs on the tiny teacher, in this process or under torchrun."""
+"""Short real runs on the tiny teacher, in this process or on several ranks."""
 
 import gc
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import common
-import dfd
 import dmd
 from tests.ranks import on_ranks
 from training.files import UserError
@@ -26,39 +23,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "steps": 3, "batch_size": 2, "preview_every": 0, "save_every": 100,
-    "preview_prompts": 2, "preview_seeds": 2, "teacher_steps": 2,
+    "steps": 3, "batch_size": 2, "preview_every": 0, "save_every": 100, "preview_prompts": 2, "preview_seeds": 2,
+    "teacher_steps": 2, "pair_steps": 2, "num_samples": 4, "init": None,
 }  # fmt: skip
-PAIRS = {"num_samples": 4, "pair_steps": 2}  # dmd.py alone solves them on the tiny teacher
 
 
 def small(script, flags):
-    return {**SMALL, **(PAIRS if script is dmd else {}), **({"init": None} if script is dfd else {}), **flags}
+    return {name: value for name, value in SMALL.items() if hasattr(script.Args, name)} | flags
 
 
 def small_args(script=dmd, **flags):
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     return recipe_args(script.Args, **small(script, flags))
-
-
-def popen(processes=1, script=dmd, **flags):
-    """A script as a user starts it; `processes` > 1 under torchrun."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = []
-    for name, value in small(script, flags).items():
-        flag = name.replace("_", "-")
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", *([] if value is True else [str(value)])]
-    return subprocess.Popen(
-        [*launch, str(ROOT / f"{script.__name__}.py"), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 def train_on_ranks(world, script, **flags):
     """A script's main in that many processes."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    on_ranks(world, script.main, small_args(script, **flags), folders=[flags["runs_dir"]])
+    on_ranks(world, script.main, small_args(script, **flags))
 
 
 def stopped(monkeypatch, step, run):
@@ -80,16 +61,19 @@ def only_run(runs_dir, script=dmd):
     return run
 
 
+def checkpoint_of(runs_dir, step, script=dmd):
+    return only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}"
+
+
 def student_weights(runs_dir, step, script=dmd):
     """Weights of the exported (averaged) student."""
-    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "student" / "transformer"
+    folder = checkpoint_of(runs_dir, step, script) / "student" / "transformer"
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def state_of(runs_dir, step, script=dmd):
     """All that a checkpoint holds of networks and optimizers, whole, by its name."""
-    folder = only_run(runs_dir, script) / "checkpoints" / f"step_{step:07d}" / "state"
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint_of(runs_dir, step, script) / "state"))
     known = reader.read_metadata().state_dict_metadata
     state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)

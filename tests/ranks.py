@@ -1,26 +1,23 @@
-"""Processes forked from one that has imported everything: what torchrun and a shell do, without the imports of each.
+"""Processes forked from one that has imported everything: what torchrun and a shell start, without their imports."""
 
-torchrun itself starts the processes of test_runs.py, test_make_shards.py, test_eval_vbench.py and test_cluster.py.
-"""
-
+import faulthandler
 import multiprocessing
 import os
 import runpy
-import shutil
+import signal
 import sys
-import tempfile
-import time
 import traceback
 from functools import partial
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-# imported by the process that all ranks are forked from
+# imported by the process that all others are forked from
 SCRIPTS = {name: import_module(name) for name in ("dmd", "dmd2", "dfd", "codmd", "phased_dmd")}
 for family in ("wan", "wan_causal", "wan_experts", "wan_5b", "wan_i2v", "cosmos", "qwen_image"):
     import_module(f"models.{family}")
@@ -29,51 +26,58 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks"])
 
 
-def on_ranks(world, function, *args, folders=()):
-    """Call a module's function in that many processes of one group; fails with what the broken ones say.
-
-    A rank that dies of a signal is not ours: a segmentation fault in gloo's thread (pt_gloo_runloop, torch 2.13) was
-    seen once in some eighty starts. Then all start once more, and what was written to `folders` is removed.
+def on_ranks(world, function, *args, limit=300):
+    """Call a module's function in that many processes of one group. Fails with what broke in them, or with where each
+    was after `limit` seconds.
     """
-    codes, said = started(world, function, args)
-    if any(code < 0 for code in codes):
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        codes, said = started(world, function, args)
-    assert codes == [0] * world, f"exit codes {codes}\n{said[-3000:]}"
-
-
-def started(world, function, args):
-    """Exit codes of the ranks (1 for one that hung), and what broke in them."""
-    # as torchrun does: the store is here, at a port that is free
+    # as torchrun does: the store is here, at a port that is free, and no rank hosts it
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as place:
-        jobs = [(rank, world, store.port, Path(place), function, args) for rank in range(world)]
-        ranks = [CONTEXT.Process(target=one_rank, args=job) for job in jobs]
+    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    group |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    with TemporaryDirectory() as folder:
+        said, ranks = [Path(folder, str(rank)) for rank in range(world)], []
+        for rank in range(world):
+            env = {**group, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(start(function, *args, said=said[rank], limit=limit, env=env))
+        while (alive := [rank for rank in ranks if rank.exitcode is None]) and not any(r.exitcode for r in ranks):
+            wait([rank.sentinel for rank in alive])
         for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and any(rank.exitcode is None for rank in ranks):
-            if any(rank.exitcode for rank in ranks):  # the others wait for it in vain
-                deadline = min(deadline, time.monotonic() + 10)
-            wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=1)
-        codes = [1 if rank.exitcode is None else rank.exitcode for rank in ranks]
+            rank.join(10)  # what one has broken the others wait for in vain
+        ends = [end_of(rank) for rank in ranks]
         for rank in ranks:
             rank.kill()
-            rank.join()
-        return codes, "".join(path.read_text() for path in Path(place).iterdir())
+        lines = [f"rank {i} ended with {ends[i]}:\n{said[i].read_text()[-3000:]}" for i in range(world)]
+    assert ends == [0] * world, "\n".join(lines)
 
 
-def one_rank(rank, world, port, place, function, args):
+def start(function, *args, said, limit=300, env=None):
+    """A process that calls a module's function. What breaks in it, or where it is after `limit` seconds, is written to
+    the file `said`.
+    """
+    process = CONTEXT.Process(target=one_process, args=(function, args, said, limit, env or {}))
+    process.start()
+    return process
+
+
+def end_of(process):
+    """An exit code, the name of a signal, or None for a process that has not ended."""
+    return signal.Signals(-process.exitcode).name if (process.exitcode or 0) < 0 else process.exitcode
+
+
+def one_process(function, args, said, limit, env):
     torch.set_num_threads(1)
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    own |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}  # no rank hosts the store
-    os.environ |= {name: str(value) for name, value in own.items()}
-    try:
-        function(*args)
-    except BaseException:
-        (place / str(rank)).write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise SystemExit(1) from None
+    os.environ |= {name: str(value) for name, value in env.items()}
+    with open(said, "w") as file:
+        faulthandler.enable(file)
+        faulthandler.dump_traceback_later(limit, exit=True, file=file)
+        try:
+            function(*args)
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.enable()
 
 
 def run_program(path, words, folder, out):

@@ -233,6 +233,8 @@ def test_a_stopped_one_goes_on(whole, run, tmp_path):
         (out / "videos" / name).unlink()
     (out / "videos" / ".0123456789abcdef.mp4.tmp").touch()  # killed while it wrote
     before = {path: path.stat().st_mtime_ns for path in (out / "videos").glob("[!.]*")}
+    eval_vbench.main(args(run, out, "score"))
+    assert len(json.loads((out / "scores" / "proxies.json").read_text())) == 5, "of prompts whose clips are all there"
     eval_vbench.main(args(run, out))
     assert contents(out) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again

@@ -4,14 +4,9 @@ A video is a float tensor [3, f, h, w] in [0, 1], RGB; an image is a video with 
 of tensors and returns Python floats. Previews and evaluation use the same functions, so their numbers compare.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-
-VENDI_BANDWIDTH = 0.15
-
 
 # ---------------------------------------------------------------- diversity
 
@@ -36,22 +31,6 @@ def pairwise_rms(clips):
     """
     s = len(clips)
     return (pooled_distances(clips).sum() / max(s * (s - 1), 1)).item()
-
-
-def vendi_score(clips, bandwidth=VENDI_BANDWIDTH):
-    """Vendi score: the effective number of distinct clips among the seeds of one prompt.
-
-    exp of the Shannon entropy of the eigenvalues of K / s (Friedman & Dieng 2022, arXiv 2210.02410, definition 3.1).
-    clips [s, 3, f, h, w] in [0, 1] -> float in [1, s], NaN if a pixel is not finite. Compare only at equal s.
-    """
-    # A Gaussian kernel on the pooled RMS distance d. The cosine of non-negative pixels is near 1 for any two clips.
-    # The bandwidth is fixed, never fitted to the clips, so scores compare over runs. At .15, eight clips all d apart
-    # score 1.3, 2.2, 3.7, 5.4, 7.6 for d = .05, .1, .15, .2, .3: the range that seeds of one prompt span.
-    kernel = torch.exp(-pooled_distances(clips).square() / (2 * bandwidth**2))
-    if not kernel.isfinite().all():
-        return math.nan
-    eigenvalues = torch.linalg.eigvalsh(kernel / len(clips)).clamp(min=0)  # rounding can leave -1e-17
-    return torch.special.entr(eigenvalues).sum().exp().item()
 
 
 # ---------------------------------------------------------------- colour
@@ -82,10 +61,8 @@ def saturation(clips):
 
 
 def frame_difference(clips):
-    """Mean |I_t - I_t+1| over pixels, channels, frames and clips [..., 3, f, h, w] in [0, 1]; 0 for images."""
+    """Mean |I_t - I_t+1| over pixels, channels, frames and clips [..., 3, f, h, w] in [0, 1], f > 1."""
     clips = rearrange(clips, "... c f h w -> (...) c f h w").float()
-    if clips.shape[2] == 1:
-        return 0.0
     return sum(clip.diff(dim=1).abs().mean(dtype=torch.float64).item() / len(clips) for clip in clips)
 
 

@@ -110,8 +110,12 @@ class Run:
         """The run's folder, made for a new run; None if another process trains in it."""
         name = run_name(self.script.stem, self.args["teacher"], self.args["seed"])
         folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
-        while not self.folder and folder.exists():  # of a run that began in the same second
-            folder = folder.with_name(folder.name + "+")
+        while not self.folder:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # of a run that began in the same second
+                folder = folder.with_name(folder.name + "+")
         for part in ("checkpoints", "previews"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / ".lock", "w")
