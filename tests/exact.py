@@ -9,6 +9,10 @@ from models.wan import Wan
 COND = {"text": torch.zeros(1, 1, 1)}
 
 
+def column(x):
+    return x.view(-1, 1, 1, 1, 1)
+
+
 class Grid:
     """Stands in for common.SampleRNG where the expectation over u is wanted: u on a fine grid."""
 
@@ -19,35 +23,49 @@ class Grid:
         return (torch.arange(self.n) + 0.5) / self.n
 
 
-class Whole(nn.Module):
-    """A network that denoises all frames at once."""
+class Noise:
+    """Stands in for it where speed matters: torch's global seed decides."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def normal(self, shape):
+        return torch.randn(self.n, *shape)
+
+
+class Exact(nn.Module):
+    """A network by its x0(x_t, sigma), with sigma [b, 1, 1, 1, 1]."""
 
     chunks, update_cache = Wan.chunks, Wan.update_cache
 
+    def forward(self, x_t, sigma, cond, blocks=()):
+        return (x_t - self.x0(x_t, column(sigma))) / column(sigma), []
 
-class Gaussian(Whole):
+
+class Gaussian(Exact):
     """The exact velocity for data N(mean, std^2) in every dimension."""
 
     def __init__(self, mean, std):
         super().__init__()
         self.mean, self.std = mean, std
 
-    def forward(self, x_t, sigma, cond, blocks=()):
-        s = sigma.view(-1, 1, 1, 1, 1)
+    def x0(self, x_t, s):
         a, var = 1 - s, self.std**2
-        x0 = self.mean + a * var / (a**2 * var + s**2) * (x_t - a * self.mean)  # E[x0 | x_t]
-        return (x_t - x0) / s, []
+        return self.mean + a * var / (a**2 * var + s**2) * (x_t - a * self.mean)  # E[x0 | x_t]
 
 
-class ScaleShift(Whole):
-    """A one-step student x0 = theta * z + mu, as a velocity network."""
+class ScaleShift(Exact):
+    """A student that predicts theta * z + mu at noise level 1, as a velocity network."""
 
-    def __init__(self, theta, mu):
+    def __init__(self, theta, mu=0.0):
         super().__init__()
         self.theta, self.mu = nn.Parameter(torch.tensor(theta)), nn.Parameter(torch.tensor(mu))
 
-    def forward(self, x_t, sigma, cond, blocks=()):
-        return x_t - (self.theta * x_t + self.mu), []
+    def x0(self, x_t, s):
+        return x_t - s * (x_t - self.theta * x_t - self.mu)
 
 
 def draws(stream, n):
