@@ -138,7 +138,7 @@ FAST, *MORE = [name for name in PRESETS if name not in TINY_WORLD]
 def test_every_teacher_on_the_hub_is_measured_without_its_files(monkeypatch, capsys, teacher):
     """With its family's classes, small."""
     preset, losses, backward = PRESETS[teacher], [], torch.Tensor.backward
-    kind = family_of(preset.kind, teacher).transformer_class.__name__
+    kind = family_of(preset.family).transformer_class.__name__
     config = preset.config | SMALL | next(own for name, own in OWN.items() if kind.startswith(name))
     config |= {"added_kv_proj_dim": 32} if "added_kv_proj_dim" in config else {}
     monkeypatch.setitem(PRESETS, teacher, preset._replace(config=config))

@@ -87,7 +87,7 @@ def ours(run, tmp_path, image=None, packed=False):
     students = students_of(model, CPU, script, args, checkpoint, raw=False)
     torch.manual_seed(0)
     with torch.no_grad():
-        return script.sample_student(students, TorchsRNG(packed), cond, model.latent_shape, args)
+        return script.sample_student(students, model.latent_shape, args, TorchsRNG(packed), cond)
 
 
 @pytest.mark.parametrize(

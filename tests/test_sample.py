@@ -157,7 +157,7 @@ def test_image_to_video(tmp_path, fails):
         assert (begun - clips[clip][:, 0]).abs().mean() < 0.05, video
     fails(lambda: sampled(run, **two, out=tmp_path / "no"), "--image")
     (images / "2.png").unlink()
-    fails(lambda: sampled(run, **two, image=images, out=tmp_path / "no"), "no image of prompt 2")
+    fails(lambda: sampled(run, **two, image=images, out=tmp_path / "no"), "image named 2")
     assert not (tmp_path / "no").exists()
 
 

@@ -33,7 +33,7 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 )
 def test_a_mistake_is_one_line(tmp_path, words):
     code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path, tmp_path / "said")
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
     assert "gone" in err
 
 
