@@ -135,8 +135,7 @@ def student_loss(x0, grad):
 
 
 def regression_loss(x0, x0_pair):
-    # the paper's eq. 9 is LPIPS on decoded images; on latents, as CausVid's ODE initialisation: no video LPIPS is
-    # established, and decoding 81 frames with gradients costs more memory than the student
+    # as CausVid's ODE initialisation; the paper's eq. 9 is LPIPS on decoded images, which for video nobody has settled
     return F.mse_loss(x0, x0_pair)
 
 

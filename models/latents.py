@@ -14,10 +14,8 @@ def latent_shape(config, vae, frames, height, width):
     patch = config["patch_size"]
     patch = patch if isinstance(patch, (list, tuple)) else (1, patch, patch)  # an image model's is one number
     if (frames - 1) % time or height % (space * patch[1]) or width % (space * patch[2]):
-        needs = f"1 + a multiple of {time}, and multiples of {space * patch[1]} and {space * patch[2]}"
-        raise UserError(
-            f"--frames, --height, --width must be {needs} for this teacher, got {frames}, {height}, {width}"
-        )
+        needs = f"--height a multiple of {space * patch[1]}, --width of {space * patch[2]}"
+        raise UserError(f"--frames must be 1 + a multiple of {time}, {needs}; got {frames}, {height} and {width}")
     return (config["out_channels"], (frames - 1) // time + 1, height // space, width // space), patch
 
 

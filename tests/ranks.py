@@ -67,17 +67,14 @@ def end_of(process):
 def one_process(function, args, said, limit, env):
     torch.set_num_threads(1)
     os.environ |= {name: str(value) for name, value in env.items()}
-    with open(said, "w") as file:
-        faulthandler.enable(file)
-        faulthandler.dump_traceback_later(limit, exit=True, file=file)
-        try:
-            function(*args)
-        except BaseException:
-            traceback.print_exc(file=file)
-            raise
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            faulthandler.enable()
+    file = open(said, "w", buffering=1)
+    faulthandler.enable(file)
+    faulthandler.dump_traceback_later(limit, exit=True, file=file)
+    try:
+        function(*args)
+    except BaseException:
+        traceback.print_exc(file=file)
+        raise
 
 
 def run_program(path, words, folder, out):

@@ -18,7 +18,7 @@ from tests.ranks import train_all
 from tests.small_teachers import awake
 from tools import ode_init
 from training.finished import load_run, students_of
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 CPU = torch.device("cpu")
 SHAPE, FRAMES, BLOCK = (8, 9, 4, 4), 9, 3
@@ -230,10 +230,10 @@ def test_from_ode_init_to_a_student(tmp_path, fails):
     """The start trains, resumes exactly, and its student, not its average, is where the next run begins."""
     flags = {"teacher": "tiny", "runs_dir": str(tmp_path), "steps": 4, "save_every": 2, "num_samples": 4}
     flags |= {"pair_steps": 2, "batch_size": 2, "preview_every": 0, "lr": 1e-3}
-    ode_init.main(with_recipe(ode_init.Args, ode_init.RECIPES, **flags))
+    ode_init.main(recipe_args(ode_init.Args, **flags))
     run = only_run(tmp_path, ode_init)
     other = flags | {"resume": str(run / "checkpoints" / "step_0000002"), "runs_dir": str(tmp_path / "again")}
-    ode_init.main(with_recipe(ode_init.Args, ode_init.RECIPES, **other))
+    ode_init.main(recipe_args(ode_init.Args, **other))
     (again,) = set(tmp_path.rglob("ode_init__*")) - {run}
     assert same(*(load_file(of / "checkpoints" / "step_0000004" / STUDENT) for of in (run, again)))
 
@@ -242,7 +242,7 @@ def test_from_ode_init_to_a_student(tmp_path, fails):
     common.init_distributed()
     (raw,) = students_of(common.Model("tiny", 9, 32, 32), CPU, *load_run(run), raw=True)
     assert same(student_weights(tmp_path / "next", 1, dmd2), raw.transformer.state_dict())
-    lora = with_recipe(ode_init.Args, ode_init.RECIPES, runs_dir=str(tmp_path), lora_rank=2)
+    lora = recipe_args(ode_init.Args, runs_dir=str(tmp_path), lora_rank=2)
     fails(lambda: ode_init.main(lora), "--lora-rank")
 
 

@@ -17,14 +17,14 @@ from models.folders import family_of
 from models.presets import PRESETS, TINY_WORLD
 from tests.conftest import small_args
 from tools import cost
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 WAN = 1419.0e6  # parameters of Wan2.1-1.3B
 LORA = 64 * 30 * (8 * 2 * 1536 + 2 * (1536 + 8960))  # of rank 64: 8 attention layers and 2 of the feed-forward a block
 
 
 def figures(script, gpus=8, **flags):
-    return cost.figures(script, with_recipe(script.Args, script.RECIPES, **flags), gpus)
+    return cost.figures(script, recipe_args(script.Args, **flags), gpus)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_known_figures(script, flags, gib, flops, disk, hours):
 )
 def test_what_a_step_runs(script, flags, work):
     """In forwards of a sample. Rollouts of four steps take 2.5, of phases of three steps and one 2 and 4."""
-    args = with_recipe(script.Args, script.RECIPES, **{"gradient_checkpointing": 0, **flags})
+    args = recipe_args(script.Args, **{"gradient_checkpointing": 0, **flags})
     steps = 2 * args.student_every * len(getattr(args, "phase_ends", (0,)))
     counts = cost.counted(script, cost.replace(args, steps=steps), steps)
     assert (counts.graphs, sum(counts.each) / steps) == pytest.approx((1, work))
@@ -138,7 +138,7 @@ FAST, *MORE = [name for name in PRESETS if name not in TINY_WORLD]
 def test_every_teacher_on_the_hub_is_measured_without_its_files(monkeypatch, capsys, teacher):
     """With its family's classes, small."""
     preset, losses, backward = PRESETS[teacher], [], torch.Tensor.backward
-    kind = family_of(preset.kind, teacher).transformer_class.__name__
+    kind = family_of(preset.family).transformer_class.__name__
     config = preset.config | SMALL | next(own for name, own in OWN.items() if kind.startswith(name))
     config |= {"added_kv_proj_dim": 32} if "added_kv_proj_dim" in config else {}
     monkeypatch.setitem(PRESETS, teacher, preset._replace(config=config))

@@ -21,7 +21,7 @@ from tests.exact import COND, ScaleShift, draws
 from tiny import measures
 from tiny import world as tiny
 from training.finished import load_run, students_of
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 QUICK = {"seeds": 1, "repeats": 1, "teacher_steps": (1,)}
 
@@ -157,7 +157,7 @@ def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_st
         script, *own = words[:at]
         room = script.removesuffix(".py").replace("/", ".")
         module = variant.load(*own) if own else importlib.import_module(room)
-        tyro.cli(module.Args, args=words[at:], default=with_recipe(module.Args, module.RECIPES))
+        tyro.cli(module.Args, args=words[at:], default=recipe_args(module.Args))
         assert parent in [None, *names[: names.index(name)]]
     assert {name for rows in evidence_runs.TABLES.values() for name in rows.split()} == set(names)
 

@@ -22,7 +22,7 @@ from tests.conftest import only_run, small_args, state_of
 from tests.small_teachers import SMALL
 from tools import export
 from training.finished import load_run, students_of
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
 FILE = "diffusion_pytorch_model.safetensors"
@@ -87,7 +87,7 @@ def ours(run, tmp_path, image=None, packed=False):
     students = students_of(model, CPU, script, args, checkpoint, raw=False)
     torch.manual_seed(0)
     with torch.no_grad():
-        return script.sample_student(students, TorchsRNG(packed), cond, model.latent_shape, args)
+        return script.sample_student(students, model.latent_shape, args, TorchsRNG(packed), cond)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_every_family(name, script, lora_rank, folders, tmp_path, monkeypatch):
     flags |= {"student_sigmas": (1.0, 0.8), "runs_dir": "runs", "guidance_scale": 2.0, "lora_rank": lora_rank}
     flags |= {"discriminator_blocks": (0, 1)} | ({"images": "images"} if "i2v" in name else {})
     flags |= {"phase_ends": (0.8, 0.0), "score_ends": ()} if script is phased_dmd else {}
-    script.main(with_recipe(script.Args, script.RECIPES, teacher=teacher, **flags))
+    script.main(recipe_args(script.Args, teacher=teacher, **flags))
     run = only_run(tmp_path / "runs", script)
     if script is phased_dmd and ("cosmos" in name or "qwen" in name) or name == "cosmos_i2v":
         assert "No stock pipeline" in (exported(run, tmp_path / "out") / "README.md").read_text()

@@ -34,7 +34,7 @@ from tests.small_teachers import SMALL
 from tools import make_shards
 from tools.video_in.video import read_clip
 from training.finished import load_run, students_of
-from training.flags import with_recipe
+from training.flags import recipe_args
 from training.media import write_mp4
 from training.samples import samples_key
 
@@ -77,7 +77,7 @@ def args_of(script, name, folders, runs_dir, **more):
     flags |= {"score_ends": (0.9, 0.0)} if "experts" in name else {}
     flags |= {"init": None} | more
     known = script.Args.__dataclass_fields__
-    return with_recipe(script.Args, script.RECIPES, **{key: value for key, value in flags.items() if key in known})
+    return recipe_args(script.Args, **{key: value for key, value in flags.items() if key in known})
 
 
 def exported(run, step):

@@ -12,12 +12,14 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
+from models import latents as latents_module
 from models.images import to_pil
 from tests.conftest import ROOT, only_run, small_args
 from tests.ranks import run_program
 from tests.small_teachers import SMALL, write
 from tiny import world
 from tools import ode_init, sample
+from training import preview
 from training.media import read_video
 from training.preview import Preview
 
@@ -39,7 +41,7 @@ def sampled(checkpoint, **flags):
 @pytest.fixture
 def latents(monkeypatch):
     """Latents [c, f, h, w] in the order in which they are decoded, {preview: list of them}."""
-    decode, write_preview, seen, name = common.decode, Preview.write, {}, ["sample.py"]
+    decode, write_preview, seen, name = latents_module.decode, Preview.write, {}, ["sample.py"]
 
     def watched_decode(vae, x0):
         seen.setdefault(name[0], []).extend(x0.clone())
@@ -50,7 +52,8 @@ def latents(monkeypatch):
         write_preview(preview, which, sampler)
         name[0] = "sample.py"
 
-    monkeypatch.setattr(common, "decode", watched_decode)
+    for module in (preview, sample):
+        monkeypatch.setattr(module, "decode", watched_decode)
     monkeypatch.setattr(Preview, "write", watched_write)
     return seen
 
@@ -154,7 +157,7 @@ def test_image_to_video(tmp_path, fails):
         assert (begun - clips[clip][:, 0]).abs().mean() < 0.05, video
     fails(lambda: sampled(run, **two, out=tmp_path / "no"), "--image")
     (images / "2.png").unlink()
-    fails(lambda: sampled(run, **two, image=images, out=tmp_path / "no"), "no image of prompt 2")
+    fails(lambda: sampled(run, **two, image=images, out=tmp_path / "no"), "image named 2")
     assert not (tmp_path / "no").exists()
 
 

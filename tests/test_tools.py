@@ -15,7 +15,7 @@ from models.presets import PRESETS
 from tests.conftest import ROOT, only_run, small_args
 from tests.ranks import run_program
 from tools import make_pairs
-from training.flags import with_recipe
+from training.flags import recipe_args
 
 # what makes a run of Wan's recipe small, and nothing else
 SIZE = {"frames": 9, "height": 32, "width": 32, "steps": 2, "grad_accum": 1, "teacher_steps": 2, "num_samples": 2}
@@ -33,7 +33,7 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 )
 def test_a_mistake_is_one_line(tmp_path, words):
     code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path, tmp_path / "said")
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
     assert "gone" in err
 
 
@@ -65,7 +65,7 @@ def test_nothing_but_the_teacher(tmp_path):
     ).save_pretrained(teacher / "transformer")  # fmt: skip
     for script in (dmd2, dfd, codmd, phased_dmd, dmd):
         flags = {k: v for k, v in SIZE.items() if k in script.Args.__dataclass_fields__}
-        script.main(with_recipe(script.Args, script.RECIPES, teacher=str(teacher), runs_dir=str(tmp_path), **flags))
+        script.main(recipe_args(script.Args, teacher=str(teacher), runs_dir=str(tmp_path), **flags))
         run = only_run(tmp_path, script)
         table = (run / "previews" / "table.md").read_text()
         assert "diversity" in table and "right" not in table

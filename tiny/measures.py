@@ -1,7 +1,4 @@
-"""The judge of every sample of the tiny world, so that nothing pretrained is needed.
-
-`read_factors` reads a clip's factors back from its pixels, and says when they do not show one clean shape.
-"""
+"""Factors of the tiny world's clips read back from the pixels, so that judging samples needs no pretrained network."""
 
 import math
 
@@ -11,12 +8,8 @@ from einops import rearrange, reduce
 from tiny.world import KINDS, MODES, NAMED, RANGES, SIZE, STEPS, coverage
 
 HUES = torch.tensor([0.0, 120.0, 240.0, 60.0])  # degrees, in the order of COLORS
-# the free factors whose mean and spread `summary` gives
-FREE = ["x", "y", *RANGES]
-
-# a sample is clean when every frame is explained by one shape up to this relative error (see read_factors)
-MAX_RESIDUAL = 0.3
-MIN_CHROMA = 0.12
+FREE = ["x", "y", *RANGES]  # the factors that no caption names
+MAX_RESIDUAL, MIN_CHROMA = 0.3, 0.12  # of clean clips, see read_factors
 
 
 def fit(videos, templates):
@@ -46,19 +39,18 @@ def read_factors(videos):
     speed       that line's slope; its direction is the nearest of DIRECTIONS
     size, brightness, saturation, background, ramp   as in RANGES
     coherence   RMS distance of the centroids from that line, in pixels: 0 for straight steady motion
-    residual    what clean is decided by, see below
 
-    The background is grey, so max - min over the channels is exactly linear in how much of a pixel the shape covers.
-    Area and centroids follow. Then each kind is drawn there and fitted to the pixels, and the one that explains them
-    best is taken. Clean means that in its worst frame the RMS of what is left unexplained is below MAX_RESIDUAL of the
-    RMS of the shape: half a shape, a second shape, a ghost, a blob or a change of size or colour is above it.
+    The background is grey, so max - min over the channels is linear in how much of a pixel the shape covers. Area and
+    centroids follow. Then each kind is drawn there and fitted to the pixels, and the one that explains them best is
+    taken. Clean means that in its worst frame the RMS of what is left unexplained (`residual`) is below MAX_RESIDUAL of
+    the RMS of the shape.
     """
     if len(videos) > 256:  # small enough to stay in the processor's cache
         parts = [read_factors(part) for part in videos.split(256)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     videos = videos.detach().float().nan_to_num()
     chroma = videos.amax(1) - videos.amin(1)
-    # the plateau: colour inside the shape, safe from its soft edge because even the smallest has 10 inner pixels
+    # the colour inside the shape, safe from its soft edge because even the smallest has 10 inner pixels
     plateau = chroma.flatten(2).topk(10).values.mean(dim=(1, 2)).clamp(min=1e-4)
     alpha = chroma / rearrange(plateau, "b -> b 1 1 1")
     alpha = alpha.clamp(max=1) * (alpha > 0.12)  # the codec's noise on the background is no shape
@@ -71,8 +63,7 @@ def read_factors(videos):
     # soft templates find the kind, because a codec rounds corners
     kind = fit(videos, coverage(x, y, size, edge=2.0))[3].sum(-1).argmin(1)
     rows = torch.arange(len(videos), device=videos.device)
-    # a sharp one of that kind finds the colour, and from it the size anew: the plateau's brightest pixels overstate the
-    # colour, so the first size is too small
+    # a sharp one of that kind finds the colour and the size anew: the plateau's brightest pixels overstate the colour
     tint = fit(videos, coverage(x, y, size)[rows, kind][:, None])[1][:, 0]
     size = size * torch.sqrt(plateau / (tint.amax(1) - tint.amin(1)).clamp(min=1e-4)).clamp(0.8, 1.25)
     # one of that size finds colour and background, and what is left unexplained
@@ -109,9 +100,8 @@ def read_factors(videos):
 
 
 def spread_over(values, count):
-    """How evenly integers [n] spread over `count` modes: entropy (1 if even), and the share of modes that are present.
-
-    A mode is present if it has more than a quarter of its even share. Both are NaN without samples.
+    """How evenly integers [n] spread over `count` modes: entropy (1 if even), and the share of modes that are present,
+    with more than a quarter of an even share. Both are NaN without samples.
     """
     if not len(values):
         return math.nan, math.nan
@@ -125,7 +115,7 @@ def summary(videos, captions):
     clean, right      percent of all samples: one clean shape; and also of the modes that the caption names
     looks, motions    entropy of the looks (colour and kind) and of the directions that a caption leaves open, among its
                       right samples: 1 if they are even, 0 if all are one. A mean over captions; compare at equal counts
-    looks_present, motions_present   percent of those that have more than a quarter of their even share
+    looks_present, motions_present   percent of those that are present, see spread_over
     <factor>_mean/_std, coherence    over clean samples (NaN if there are fewer than two)
     """
     f, named = read_factors(videos), [NAMED[caption] for caption in captions]

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 import common
 from models.presets import PRESETS, TINY_WORLD
 from models.wan import Wan
-from training.files import UserError, read_json
+from training.files import UserError, read_json, written_aside
 from training.finished import load_run, run_of, student_folders
 from training.flags import RunArgs, one_line_errors
 
@@ -128,7 +128,8 @@ def main(args):
         aside.mkdir()
         if args.lora:
             for number, folder in enumerate(folders):
-                save_file(lora_of(student, number), aside / lora_name(folder), metadata={"format": "pt"})
+                with written_aside(aside / lora_name(folder)) as path:
+                    save_file(lora_of(student, number), path, metadata={"format": "pt"})
         else:
             for folder in folders:
                 shutil.copytree(folder, aside / folder.name)

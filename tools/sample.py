@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 import dmd2
-from models.images import find_images, tell_cropped
+from models.images import find_images
 from models.latents import decode
 from training.files import UserError, read_prompts
 from training.finished import load_run, run_of, student_sampler, teacher_sampler
@@ -73,8 +73,7 @@ def first_frames(image, model, count):
         raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --image")
     if image and image.is_dir():
         return find_images(image, count)
-    tell_cropped([image] if image else [], *model.size[1:])
-    return [image] * count if image else []
+    return [image] * count if image else []  # cropped in the middle where its aspect is another
 
 
 def shown(clip):

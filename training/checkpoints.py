@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import common
 from models.adapters import Adapted
-from training.files import UserError, read_json
+from training.files import UserError, read_json, readable_by_all
 
 # of an optimizer one value per parameter, by its name: safetensors hold nothing but tensors
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -186,3 +186,5 @@ def save_weights(network, part, folder):
         whole.fuse_lora(adapter_names=[lora])
         whole.unload_lora()
     whole.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        readable_by_all(path)

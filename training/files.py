@@ -49,6 +49,13 @@ def readable(path):
         raise UserError(f"cannot read {path} ({reason}): copy or download it again") from None
 
 
+def readable_by_all(path):
+    """Give a file the mode that the user's umask asks for: safetensors are written for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    Path(path).chmod(0o666 & ~umask)
+
+
 @contextmanager
 def written_aside(path):
     """Yield a hidden path beside `path` that nobody else has; rename it to `path` when the block succeeds, else
@@ -59,9 +66,7 @@ def written_aside(path):
     aside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}.tmp")
     try:
         yield aside
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # safetensors are written for their owner alone
+        readable_by_all(aside)
         os.replace(aside, path)
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"cannot write {path}: {error}") from None

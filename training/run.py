@@ -140,7 +140,8 @@ class Run:
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with
             with written_aside(self.folder / "args.json") as aside:
                 aside.write_text(json.dumps(self.args, indent=2) + "\n")
-        (self.folder / "revision.txt").write_text(git_revision())
+        revision = subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
+        (self.folder / "revision.txt").write_text(revision + "\n")
         shutil.copy(self.script, self.folder)
         print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
 
@@ -248,12 +249,3 @@ def check_shared(folder):
         marks[0].unlink()
     if not all(seen):
         raise UserError(f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share it")
-
-
-def git_revision():
-    """The commit, with "-dirty" if files differ from it; "unknown" outside a repository."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown\n"
