@@ -14,23 +14,18 @@ def column(x):
 
 
 class Grid:
-    """Stands in for common.SampleRNG where the expectation over u is wanted: u on a fine grid."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def uniform(self):
-        return (torch.arange(self.n) + 0.5) / self.n
-
-
-class Noise:
-    """Stands in for it where speed matters: torch's global seed decides."""
+    """Stands in for common.SampleRNG: u on a fine grid, where its expectation is wanted; noise by torch's global seed,
+    where speed matters.
+    """
 
     def __init__(self, n):
         self.n = n
 
     def __len__(self):
         return self.n
+
+    def uniform(self):
+        return (torch.arange(self.n) + 0.5) / self.n
 
     def normal(self, shape):
         return torch.randn(self.n, *shape)

@@ -123,16 +123,14 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
     }),
     ("training/samples.py", "tests/test_common.py -k teachers_own", {
         "model.latent_shape, model.negative_prompt, ": "model.latent_shape, ",
-        "data.seed, solver_settings(args))": "data.seed)", 'SampleRNG(data.seed, "pairs"': 'SampleRNG(0, "pairs"',
+        "data.seed, solver_settings(args))": "data.seed)",
         "(args.guidance_scale, args.shift, args.teacher_steps)": "(args.guidance_scale, args.shift)",
     }),
-    ("training/flags.py", "tests/test_runs.py -k recipe_beats", {
-        '{**recipe(flags.get("teacher", Args.teacher), script), **flags}': '{**flags, **recipe(flags.get("teacher", Args.teacher), script)}',
-    }),
+    ("training/samples.py", "tests/test_dmd2.py -k prompts", {'SampleRNG(data.seed, "pairs"': 'SampleRNG(0, "pairs"'}),
     ("training/flags.py", "tests/test_runs.py -k flags_of_the_run", {"{**before, ": "{"}),
     ("training/metrics.py", "tests/test_metrics.py", {
         "max(s * (s - 1), 1)": "max(s * s, 1)", "(codes >= 255)": "(codes > 255)", "(s > 0.9)": "(s > 0.8)",
-        "VENDI_BANDWIDTH = 0.15": "VENDI_BANDWIDTH = 0.3", "clip.diff(dim=1)": "clip.diff(dim=2)",
+        "clip.diff(dim=1)": "clip.diff(dim=2)",
     }),
     ("training/files.py", "tests/test_common.py", {
         '"little") >> 1': '"big") >> 1', "path.stat().st_size, first(path))": "0, 0)",
@@ -178,6 +176,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
     ("evaluation/vbench.py", "tests/test_eval_vbench.py", {
         "(4 * quality + semantic) / 5": "(3 * quality + semantic) / 4", "0.2855": "0.2955",
     }),
+    ("evaluation/proxies.py", "tests/test_eval_vbench.py -k metrics", {"DWIDTH = 0.15": "DWIDTH = 0.3"}),
     ("evaluation/proxies.py", "tests/test_eval_vbench.py -k flow", {
         "int(0.05 * len": "int(0.5 * len", "/ (len(clips) * (f - 1))": "/ len(clips)",
     }),

@@ -7,7 +7,7 @@ import common
 import dfd
 import dmd2
 from tests.conftest import distance, same, small_args, state_of, student_weights, train_on_ranks
-from tests.exact import COND, Gaussian, Noise, ScaleShift
+from tests.exact import COND, Gaussian, Grid, ScaleShift
 
 SCORE_SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
 
@@ -31,7 +31,7 @@ class Scale(ScaleShift):
 def test_fixed_points(data_prob, student_sigma, theta):
     """Where theta ends: data N(0, 1), exact fake score, docs/dfd.md's score sigmas, eq. 8's normaliser undone."""
     n, shape, student, path = 40, (32, 1, 1, 1), Scale(0.6), []
-    optimizer, rng = torch.optim.SGD(student.parameters(), lr=0.05), Noise(n)
+    optimizer, rng = torch.optim.SGD(student.parameters(), lr=0.05), Grid(n)
     torch.manual_seed(0)
     for step in range(800):
         x0_data, sigma, noise = rng.normal(shape), SCORE_SIGMAS[torch.arange(n) % 5], rng.normal(shape)

@@ -22,13 +22,6 @@ def test_dmd_gradient_and_its_loss_by_hand():
     torch.testing.assert_close(x0.grad, grad / 6)
 
 
-def test_velocity_and_x0_are_one_prediction():
-    x0, noise, sigma = *torch.randn(2, 4, 2, 1, 3, 3), torch.tensor([0.02, 0.3, 0.7, 1.0])
-    x_t = dmd.add_noise(x0, noise, sigma)
-    torch.testing.assert_close(x_t[3], noise[3])
-    torch.testing.assert_close(dmd.predict_x0(lambda *_: (noise - x0, []), x_t, sigma, COND), x0)
-
-
 @pytest.mark.parametrize(("shift", "atom"), [(1.0, 0.02), (8.0, 0.1404)])
 def test_score_sigmas(shift, atom):
     """The shift, and how much of it the clamp puts on .98: 1 - .98 / (s - .98 (s - 1))."""

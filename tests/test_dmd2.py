@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import common
 import dmd2
 from tests.conftest import distance, small_args, student_weights, train_on_ranks
 from training.run import Run
@@ -52,6 +54,7 @@ def test_prompts_alone_are_enough(tmp_path, fails):
     """The discriminator and --student-input data need clips: the teacher makes them, once, if there is time."""
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     flags = {"runs_dir": tmp_path / "runs", "prompts": str(tmp_path / "prompts.txt"), "steps": 1, "num_samples": 3}
+    flags["seed"] = 5
     dmd2.main(small_args(dmd2, gan_weight=0.0, **flags))
     cache = tmp_path / "runs" / "cache"
     assert not list(cache.glob("pairs_*")), "no clips are needed"
@@ -60,6 +63,8 @@ def test_prompts_alone_are_enough(tmp_path, fails):
     (folder,) = cache.glob("pairs_*")
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert sorted(made) == ["00000000.safetensors", "00000002.safetensors"]
+    noise = load_file(folder / "00000002.safetensors")["0.noise"]
+    assert torch.equal(noise, common.SampleRNG(5, "pairs", [2], noise.device).normal(noise.shape)[0])
     dmd2.main(small_args(dmd2, gan_weight=0.1, **flags))
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
 

@@ -13,7 +13,7 @@ import dmd2
 import phased_dmd
 from models.presets import PRESETS
 from tests.conftest import distance, only_run, same, small_args, student_weights, train_on_ranks
-from tests.exact import COND, Gaussian, Grid, Noise, ScaleShift, column
+from tests.exact import COND, Gaussian, Grid, ScaleShift, column
 
 SHAPE = (1, 1, 1, 1)
 
@@ -74,7 +74,7 @@ def test_a_phase_in_one_dimension(naive):
     s, mean, std, n = 0.75, 1.0, 0.4, 1024
     torch.manual_seed(0)
     levels = torch.tensor([0.8, 0.86, 0.92, 0.98])
-    student, fake, rng = ScaleShift(0.5), PerLevel(levels), Noise(n)
+    student, fake, rng = ScaleShift(0.5), PerLevel(levels), Grid(n)
     optimizers = torch.optim.Adam(student.parameters(), 0.03), torch.optim.Adam(fake.parameters(), 0.1)
     sigma, t = levels.repeat(n // len(levels)), column(levels.repeat(n // len(levels)))
     for step in range(2000):
