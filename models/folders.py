@@ -62,8 +62,9 @@ def teacher_folder(teacher):
         files, needed = sorted((folder / part).glob("*.safetensors")), (index.get(part) or [None])[0]
         names = ", ".join(file.name for file in files)
         unclear = len(files) > 1 and not any((folder / part).glob("*.index.json"))
-        if unclear or ".fp16." in names or (needed and not files):
-            rule = "the full-precision weights, whole, must be there and nothing else"
+        whole = files and (folder / part / "config.json").is_file()
+        if unclear or ".fp16." in names or (needed and not whole):
+            rule = "it needs a config.json and its full-precision weights, and no others"
             raise UserError(f"{folder / part} holds {names or 'no *.safetensors'}: {rule}")
         for path in files:  # each is as long as its header says
             with readable(path), safe_open(path, framework="pt") as file:

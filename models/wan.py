@@ -5,7 +5,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from training.files import read_json
+from training.files import read_json, readable
 
 
 class Wan(nn.Module):
@@ -73,7 +73,8 @@ class Wan(nn.Module):
 
     @staticmethod
     def tokenizer(folder):
-        return AutoTokenizer.from_pretrained(folder / "tokenizer")
+        with readable(folder / "tokenizer"):
+            return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     @classmethod
     def text_encoder(cls, folder, device):
