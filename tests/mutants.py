@@ -71,12 +71,12 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         "for network in (student, fake_score, ema)": "for network in (student, ema)",
         "1 - step * len(args.phase_ends) / args.steps % 1": "1 - step / args.steps",
         "ema_update(experts[-1], ema, decay=0)": "ema_update(experts[-1], student, decay=0)",
-        "(1 / b**2).clamp(max=10)": "(1 / b**2).clamp(max=100)",
+        "+ (1 - u) * rng": "+ rng", "(1 / b**2).clamp(max=10)": "(1 / b**2).clamp(max=100)",
         "(args.score_ends or args.phase_ends)": "args.phase_ends",
         "[*experts, *[ema] * len(args.phase_ends)]": "[ema] * len(args.phase_ends)",
     }),
     ("phased_dmd.py", "tests/test_phased_dmd.py", {
-        "(t - 2 * t * s + s**2)": "(t - 2 * t * s)", "+ (1 - u) * rng": "+ rng",
+        "(t - 2 * t * s + s**2)": "(t - 2 * t * s)",
     }),
     ("tools/ode_init.py", f"{MAINS} ode_init", {
         "(rng.uniform() * len(levels))": "(rng.uniform() * (len(levels) - 1))",
