@@ -21,7 +21,8 @@ demo: .venv/installed
 	$(BIN)/python dmd2.py --steps 200 --gan-weight 0 --ema-decay 0 --runs-dir runs/demo --preview-every 0
 	$(BIN)/python dfd.py --runs-dir runs/demo --preview-every 0
 	$(BIN)/python experiments/evidence.py "$$(ls -td runs/demo/dmd2__tiny__* | head -1)" \
-		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --seeds 12 --repeats 1 --teacher-steps 25 --transpose --out runs/demo
+		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --names DMD2 "+ DFD" \
+		--seeds 12 --repeats 1 --teacher-steps 25 --transpose --out runs/demo
 
 test: .venv/installed
 	$(BIN)/ruff format --check .

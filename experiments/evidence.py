@@ -159,18 +159,18 @@ def main(args):
         return torch.cat(parts)
 
     def euler(steps, guidance):
-        """The teacher's sampler."""
         own = replace(first, guidance_scale=guidance, teacher_steps=steps)
         return partial(dmd2.sample_teacher, teacher, null_cond, shape, own)
 
     # relations are compared with the teacher's, of other noise than that of the rows
-    taught = relations(sample(euler(args.teacher_steps[0], first.guidance_scale), 10**6))
+    plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
+    taught = relations(sample(euler(*plans[0]), 10**6))
 
     def add(name, run, seed, latents, clips=None):
         whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
-        figures = measure(clips, reference) | dict(zip(("frames", "samples"), map(kl, taught, own))) | drift(whole)
-        rows.append({"name": name, "run": run, "seed": seed, **figures})
+        related = dict(zip(("frames", "samples"), map(kl, taught, own)))
+        rows.append({"name": name, "run": run, "seed": seed} | measure(clips, reference) | related | drift(whole))
         shown.setdefault(name, clips[:2, :6].flatten(0, 1))  # of "a shape" and "a circle"
         print(f"{name}: done", flush=True)
 
@@ -181,11 +181,9 @@ def main(args):
             images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", "", seed, torch.cat([encode(vae, part) for part in clips.split(48)]), clips)
-    plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
-    for steps, guidance in dict.fromkeys([*plans, (args.teacher_steps[0], 1.0)]):
-        name = f"teacher, {steps} steps, guidance {guidance:g}"
+    for steps, guidance in dict.fromkeys([*plans, (plans[0][0], 1.0)]):
         for seed in range(args.repeats):
-            add(name, "", seed, sample(euler(steps, guidance), seed))
+            add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)

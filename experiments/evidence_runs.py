@@ -18,9 +18,6 @@ from pathlib import Path
 
 import tyro
 
-from training.files import UserError
-from training.flags import one_line_errors
-
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = (  # flags of all
     "--ema-decay 0 --save-every 1000000 --preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25"
@@ -113,7 +110,7 @@ def train(runs_dir, name, seed):
     with open(log, "w") as file:
         words, env = [sys.executable, *command(runs_dir, name, seed)], os.environ | {"OMP_NUM_THREADS": "1"}
         if subprocess.call(words, cwd=ROOT, env=env, stdout=file, stderr=file):
-            raise UserError(f"{name}, seed {seed} failed: see {log}")
+            sys.exit(f"error: {name}, seed {seed} failed: see {log}")
     print(f"{name}, seed {seed}: done", flush=True)
 
 
@@ -131,11 +128,12 @@ def main(
             wanted.add(words_of(name)[1])  # what it starts from
     names = [name for name in RUNS if name in wanted]
     if list:
-        print("\n".join(" ".join(["python", *command(runs_dir, name, seed)]) for name in names for seed in seeds))
+        for name in names:
+            for seed in seeds:
+                print("python", *command(runs_dir, name, seed))
         return
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds)
-    tuple(done)  # raises what a run raised
+        tuple(pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds))
     for table in tables:
         rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
         folders, labels = zip(*rows)
@@ -145,5 +143,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        tyro.cli(main, description=__doc__)
+    tyro.cli(main, description=__doc__)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import rearrange
 from matplotlib import pyplot as plt
 from matplotlib.animation import PillowWriter
 
@@ -52,7 +51,7 @@ class Mixture:
 
     def __call__(self, x_t, sigma, cond):
         x0 = self.posterior(x_t, sigma, cond)[1].view_as(x_t)
-        return (x_t - x0) / rearrange(sigma, "b -> b 1 1 1 1")
+        return (x_t - x0) / video(sigma[:, None]), []
 
     def draw(self, count):
         noise, rows = torch.randn(count, self.means.shape[1]), torch.randint(len(self.means), (count,))
@@ -152,9 +151,9 @@ def mode_seeking(out):
             for high, student in students.items():
                 dmd_step(student, TWO, ({}, {}, 1.0), 0.02, 256, high)
     for high, student in students.items():
-        x = student.draw(20000).detach()
-        right = (x[:, 0] > 0).float().mean()
-        ends[high] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0)), "in the right half": rounded(right)}
+        x = student.draw(20000)
+        right = rounded((x[:, 0] > 0).float().mean())
+        ends[high] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0)), "in the right half": right}
     return ends
 
 
@@ -168,7 +167,7 @@ def guidance(out):
         for step in range(400):
             torch.manual_seed(step)
             dmd_step(student, teacher, (cond, null_cond, scale), 0.01, 512)
-        x = student.draw(4000).detach()
+        x = student.draw(4000)
         plane(axis, f"guidance {scale:g}", teacher, x[:300])
         ends[scale] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0))}
     save(figure, out / "guidance.png")
@@ -225,7 +224,7 @@ def relations(out):
     for axis, matrix, title in zip(axes, (s, s - (f - r)), ("student's cosines", "moved from fake to real")):
         axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2)
         axis.set_title(title, fontsize=9)
-        axis.set(xticks=[], yticks=[])
+        axis.axis("off")
         for (i, j), cosine in np.ndenumerate(matrix):
             axis.text(j, i, f"{cosine:.1f}", ha="center", va="center", fontsize=7)
     plane(axes[2], "where the loss pushes", TWO, x, 14)
@@ -258,7 +257,7 @@ def anchors(out):
         at_0, at_1 = gradient(0.0, level), gradient(1.0, level)
         return at_0 / (at_0 - at_1)
 
-    exact = data(video(middles[:, None]), torch.full_like(middles, t), {}).flatten()
+    exact = data(video(middles[:, None]), torch.full_like(middles, t), {})[0].flatten()
     (figure, (axis,)), errors = panels(1, 4.8, 3), {}
     for name, v, color, width in (
         ("exact", exact, GREY, 5),
