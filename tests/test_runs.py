@@ -38,6 +38,9 @@ TEACHER, CPU = ROOT / "tiny" / "teacher", torch.device("cpu")
 WEIGHTS = load_file(TEACHER / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
+slow = lambda *params: pytest.param(*params, marks=pytest.mark.slow)
+
+
 def train(script=dmd, **flags):
     script.main(small_args(script, **flags))
 
@@ -96,18 +99,15 @@ def test_a_preview_shows_every_prompt_and_seed_once_on_any_number_of_ranks(tmp_p
         assert torch.equal(torch.load(tmp_path / name), noise + torch.arange(3).view(3, 1, 1, 1, 1, 1))
 
 
-# ------------------------------------------------------------------------------------------------------------ resume
-
-
 @pytest.mark.parametrize(
     ("script", "step", "flags"),
     [
-        (dmd, 2, {"grad_accum": 2}),
         (dmd2, 2, {"preview_every": 2, "preview_prompts": 1}),
         (dmd2, 2, {"lora_rank": 2, "fake_lora_rank": 3}),
-        (dmd2, 2, {"frame_block": 1, "gan_weight": 0.0}),
         (phased_dmd, 2, {"steps": 4, "lora_rank": 2}),  # where the second phase begins
-        (phased_dmd, 3, {"steps": 4, "gan_weight": 0.0, "ema_decay": 0.9, "student_every": 1}),
+        slow(phased_dmd, 3, {"steps": 4, "gan_weight": 0.0, "ema_decay": 0.9, "student_every": 1}),
+        slow(dmd2, 2, {"frame_block": 1, "gan_weight": 0.0}),
+        slow(dmd, 2, {"grad_accum": 2}),
     ],
 )
 def test_resume_is_exact(tmp_path, script, step, flags):
@@ -239,9 +239,6 @@ def test_saving_before_an_optimizers_first_step_changes_nothing():
     assert len(ends) == 1
 
 
-# ---------------------------------------------------------------------------------------------- names, --init, latest
-
-
 def old_run(folder, when, **args):
     """A checkpoint, of that time, in a run's folder."""
     (checkpoint := folder / "checkpoints" / "step_0000002").mkdir(parents=True, exist_ok=True)
@@ -300,9 +297,6 @@ def test_init_takes_every_network_that_is_there(tmp_path, finished, source, caps
     wanted = networks if whole else ("ema", "ema", "teacher")  # a student alone is its own average
     for name, network in zip(wanted, networks.values(), strict=True):
         assert all(torch.equal(x, state[f"{name}.{key}"]) for key, x in network.state_dict().items()), name
-
-
-# ------------------------------------------------------------------------------------------------------------- flags
 
 
 def parsed(monkeypatch, *words):
@@ -376,9 +370,9 @@ with one_line_errors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", ["0", "1"])
-def test_torchrun_shows_the_line_once_whichever_rank_is_late(tmp_path, late):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"]
+def test_torchrun_shows_the_line_once_whichever_rank_is_late(late):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    words += [sys.executable, "-c", PROGRAM]
     environment = {**os.environ, "LATE": late}
-    run = subprocess.run(words, cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(words, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
     assert run.stdout.count("error: this one\n") == 1, run.stdout
