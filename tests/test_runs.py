@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
 from unittest import mock
@@ -368,3 +369,51 @@ def test_torchrun_shows_the_line_once_whichever_rank_is_late(late):
     words += [sys.executable, "-c", PROGRAM, late]
     run = subprocess.run(words, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
     assert run.stdout.count("error: this one\n") == 1, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE"),
+        ({"RANK": "first", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK"),
+        ({"SLURM_NTASKS": "8"}, "torchrun"),
+    ],
+)
+def test_processes_that_nobody_joins_do_not_start(monkeypatch, fails, environment, words):
+    dist.destroy_process_group()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fails(common.init_distributed, words)
+
+
+def test_a_process_has_a_gpu_of_its_own(monkeypatch, fails):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    for gpus, local, own in ((8, "3", 3), (1, "3", 0), (2, "2", None)):  # one alone is visible where each sees its own
+        monkeypatch.setenv("LOCAL_RANK", local)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if own is None:
+            fails(common.local_device, "2 are visible")
+        else:
+            assert common.local_device() == torch.device("cuda", own)
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_goes_on_from_the_newest_checkpoint(tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1"]
+    flags = {"runs_dir": tmp_path, "steps": 400, "save_every": 5, "keep": 0, "student_every": 1}
+    words += ["dmd2.py", "--gan-weight", "0", "--preview-every", "0", "--batch-size", "1"]
+    words += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    launch = subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    worker = lambda: Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()
+    found = lambda: len([*tmp_path.glob("*/checkpoints/step_*[05]")])
+    while launch.poll() is None and found() < 2:
+        time.sleep(0.2)
+    before = found()
+    os.kill(int(worker()[0]), signal.SIGKILL)
+    while launch.poll() is None and found() < before + 2:
+        time.sleep(0.2)
+    os.kill(launch.pid, signal.SIGTERM)
+    out, _ = launch.communicate()
+    assert len([*tmp_path.glob("dmd2__*")]) == 1 and found() >= before + 2, out
