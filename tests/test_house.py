@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"training.files"},
 }
 BARS = {  # of each room: lines and tokens at most
-    "scripts": (1500, 12500), "common": (370, 2750), "models": (1000, 7500), "training": (1360, 10300),
+    "scripts": (1500, 12500), "common": (370, 2750), "models": (1000, 7500), "training": (1370, 10400),
     "tiny": (760, 6800), "tools": (1400, 10500), "experiments": (820, 7600), "evaluation": (600, 5000),
     "docs": (200, 1700), "tests": (6000, 62000),
 }  # fmt: skip
