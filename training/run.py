@@ -167,7 +167,8 @@ class Run:
             self.signal, self.signalled = number, time.monotonic()
 
     def stop_signal(self):
-        """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank."""
+        """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank:
+        the clock of time/step begins here."""
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.started = time.perf_counter()
