@@ -42,15 +42,32 @@ TRAINED = ("student", "fake_score")
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns this process's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        # two hours: while one process downloads a teacher or finishes a clip, the others wait
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    if dist.is_initialized():
+        return local_device()
+    ours = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if any(ours.values()):
+        if wrong := [name for name, value in ours.items() if not (value or "").isdecimal()]:
+            raise UserError(f"{', '.join(wrong)} missing in the environment, or no number: start it by torchrun")
+        alone = {}
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
+    device = local_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # two hours: while one process downloads a teacher or finishes a clip, the others wait
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
     return device
+
+
+def local_device():
+    """The GPU of this process, the only one that it sees or that of its local rank; the CPU where there is none."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if not gpus:
+        return torch.device("cpu")
+    if local >= gpus > 1:
+        raise UserError(f"process {local} of this machine has no GPU of its own, {gpus} are visible: start fewer")
+    torch.cuda.set_device(local if gpus > 1 else 0)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Model:

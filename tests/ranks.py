@@ -27,18 +27,16 @@ CONTEXT.set_forkserver_preload(["tests.ranks"])
 
 
 def on_ranks(world, function, *args, limit=300):
-    """Call a module's function in that many processes of one group. Fails with what broke in them, or with where each
-    was after `limit` seconds.
-    """
-    # as torchrun does: the store is here, at a port that is free, and no rank hosts it
+    """Call a module's function in that many processes of one group; fails with what broke, or where they hang."""
+    # as torchrun does: the store is here, at a port that is free, and of no rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    group |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = True
     with TemporaryDirectory() as folder:
         said, ranks = [Path(folder, str(rank)) for rank in range(world)], []
         for rank in range(world):
-            env = {**group, "RANK": rank, "LOCAL_RANK": rank}
-            ranks.append(start(function, *args, said=said[rank], limit=limit, env=env))
+            own = {**group, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(start(function, *args, said=said[rank], limit=limit, env=own))
         while (alive := [rank for rank in ranks if rank.exitcode is None]) and not any(r.exitcode for r in ranks):
             wait([rank.sentinel for rank in alive])
         for rank in ranks:
@@ -51,9 +49,7 @@ def on_ranks(world, function, *args, limit=300):
 
 
 def start(function, *args, said, limit=300, env=None):
-    """A process that calls a module's function. What breaks in it, or where it is after `limit` seconds, is written to
-    the file `said`.
-    """
+    """A process that calls a module's function. What breaks in it, or where it hangs, is in the file `said`."""
     process = CONTEXT.Process(target=one_process, args=(function, args, said, limit, env or {}))
     process.start()
     return process
@@ -81,14 +77,14 @@ def run_program(path, words, folder, out):
     """A program's exit code, standard output and error, started in a folder; `out` is a path beside which both go."""
     process = CONTEXT.Process(target=one_program, args=(path, words, folder, out))
     process.start()
-    process.join(timeout=300)
-    process.kill()
+    process.join()
     return process.exitcode, *(out.with_suffix(end).read_text() for end in (".out", ".err"))
 
 
 def one_program(path, words, folder, out):
     for number, end in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(out.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
+    faulthandler.dump_traceback_later(300, exit=True)
     os.chdir(folder)
     sys.argv = [str(path), *words]
     runpy.run_path(str(path), run_name="__main__")

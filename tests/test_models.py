@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -28,7 +29,7 @@ from models.images import find_images, read_images, to_pil
 from models.latents import encode
 from models.presets import PRESETS, TINY_WORLD, name_of
 from tests import small_teachers
-from tests.conftest import on_ranks, only_run, same
+from tests.conftest import on_ranks, only_run, same, small_args
 from tests.ranks import adam_eps, train_all
 from tests.small_teachers import SMALL
 from tools import make_shards
@@ -128,6 +129,13 @@ def inputs(model, cache):
     return noise, texts.cond_of([0, 1]) | own, texts.cond_of([2]), image
 
 
+def solve_ode(network, noise, cond, null_cond, guidance_scale):
+    """The scripts' own sampler of the teacher, from this noise."""
+    args = SimpleNamespace(guidance_scale=guidance_scale, shift=SHIFT, teacher_steps=STEPS)
+    rng = SimpleNamespace(normal=lambda shape: noise)
+    return dmd2.sample_teacher(network, null_cond, noise.shape[1:], args, rng, cond)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_the_teacher_is_the_stock_pipelines(name, folders, tmp_path):
     model = model_of(name, folders)
@@ -136,11 +144,11 @@ def test_the_teacher_is_the_stock_pipelines(name, folders, tmp_path):
     assert bool(model.conditions) == ("i2v" in name)
     assert {key: x.shape[1:] for key, x in cond.items() if key != "text"} == model.conditions
     for guidance_scale in (1.0,) if name == "qwen_image" else (1.0, 4.0):
-        ours = dmd2.solve_ode(network, noise, cond, null_cond, guidance_scale, SHIFT, STEPS)
+        ours = solve_ode(network, noise, cond, null_cond, guidance_scale)
         theirs = stock_latents(pipe, model, noise, guidance_scale, image)
         assert (ours - theirs).abs().max() < 1e-5 and theirs.std() > 0.1
     flipped = {**cond, "text": cond["text"].flip(0)}
-    other = dmd2.solve_ode(network, noise, flipped, null_cond, guidance_scale, SHIFT, STEPS)
+    other = solve_ode(network, noise, flipped, null_cond, guidance_scale)
     assert (ours - other).abs().max() > 1e-3, "the text matters"
 
     # features; and each sample of a batch is as it is alone, of two experts each by its own
@@ -324,7 +332,7 @@ def test_samples_of_the_teacher_are_those_of_their_first_frames_and_task(folders
                 to_pil(torch.full((3, 1, 64, 64), colour)).save(images / f"{line}.png")
         for _ in range(2):
             data = common.load_data(model, prompts, None, tmp_path / "cache", CPU, 0, images)
-            keys.append(samples_key(data, 4, 2, (2.0, 3.0, 2)))
+            keys.append(samples_key(data, small_args(dmd2)))
     assert keys[0::2] == keys[1::2] and len(set(keys)) == 3
 
 

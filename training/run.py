@@ -28,6 +28,7 @@ from training.checkpoints import (
     load_init,
     load_state,
     run_name,
+    runs_of,
     save_weights,
 )
 from training.files import UserError, read_json, written_aside
@@ -51,6 +52,7 @@ class Run:
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
+        args = replace(args, resume=args.resume or self.restarted(args))
         if args.resume:
             self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
@@ -66,6 +68,15 @@ class Run:
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
         self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
+
+    def restarted(self, args):
+        """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
+        self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
+        runs = runs_of(args.runs_dir, self.script.stem, args.teacher, args.seed)
+        ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
+        found = [max((str(run) for run in runs if ours(run) and latest_checkpoint(run)), default=None)]
+        dist.broadcast_object_list(found)
+        return found[0] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
 
     def check_resumed(self, args):
         """These args can go on where the checkpoint stopped."""
@@ -130,6 +141,8 @@ class Run:
     def describe(self):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
         before = read_json(self.checkpoint.parents[1] / "args.json") if self.checkpoint else self.args
+        if self.checkpoint:
+            print(f"going on from {self.checkpoint}")
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
                 print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
@@ -142,6 +155,7 @@ class Run:
                 aside.write_text(json.dumps(self.args, indent=2) + "\n")
         revision = subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
         (self.folder / "revision.txt").write_text(revision + "\n")
+        (self.folder / "launch.txt").write_text(self.launch)
         shutil.copy(self.script, self.folder)
         print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
 
