@@ -230,7 +230,7 @@ def gather_rows(x):
 
 
 class SharedRNG:
-    """Random numbers of a step that are the same on all ranks: for what changes the number of forwards."""
+    """Random numbers of a step that are the same on all ranks."""
 
     def __init__(self, seed, step):
         self.key = (seed, step)

@@ -1,6 +1,6 @@
 """DFD: Data-Forcing Distillation (arXiv 2606.18478), a short post-training of a DMD2 student on real videos.
 
-The teacher scores the noised real video instead of the student's (DFD, eq. 5 and 8): one line in `main`. It takes
+The teacher scores the noised real video instead of the student's (DFD, eq. 5 and 8): one line of its step. It takes
 back DMD2's excess of brightness and saturation. It must stop early: run too long, it loses diversity (docs/dfd.md).
 
     python dfd.py                                          # from the newest finished dmd2.py run on the tiny teacher

@@ -7,7 +7,7 @@ noise-video pairs of the teacher's ODE keeps it from dropping modes.
     python dmd.py                                          # the tiny teacher, half an hour on a CPU core
     torchrun --nproc_per_node=8 dmd.py --teacher wan2.1-1.3b
 
-Notes, healthy curves and results: docs/dmd.md. The base file: dmd2.py is a diff of it, the other scripts of dmd2.py.
+Notes, healthy curves and results: docs/dmd.md. dmd2.py is a diff of this file, the others of dmd2.py.
 """
 
 from collections import defaultdict

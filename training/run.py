@@ -52,7 +52,7 @@ class Run:
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
-        args = replace(args, resume=args.resume or self.restarted(args))
+        args = replace(args, resume=self.restarted(args) or args.resume)
         if args.resume:
             self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
@@ -167,7 +167,8 @@ class Run:
             self.signal, self.signalled = number, time.monotonic()
 
     def stop_signal(self):
-        """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank."""
+        """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank:
+        the clock of time/step begins here."""
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.started = time.perf_counter()
