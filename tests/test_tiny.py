@@ -112,6 +112,9 @@ def test_read_factors_recovers_what_was_rendered(clips):
         assert (read[name] - factors[name]).abs().max() < tolerance, name
     table = measures.summary(videos, captions)
     assert table["clean"] == table["right"] == 100
+    mixed = measures.summary(torch.cat([videos, torch.rand_like(videos)]), captions * 2)  # noise is no clean clip
+    for figure, wanted in (("size_std", read["size"].std()), ("coherence", read["coherence"].mean())):
+        assert table[figure] == mixed[figure] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_damaged_clips_are_not_clean(clips):
