@@ -185,7 +185,7 @@ def test_scripts_train_resume_and_export_it(script, tmp_path):
     assert isinstance(student, CausalWan) and student.frame_block == 1
     student.kept_frames = 4
     with torch.no_grad():
-        video = script.sample_student([student], common.SampleRNG(0, "long", [0], CPU), text, shape, args)
+        video = script.sample_student([student], shape, args, common.SampleRNG(0, "long", [0], CPU), text)
     assert video.shape == (1, *shape) and video.isfinite().all()
     assert sum(key.shape[1] for key, _ in student.transformer.rope.past[0]) == 4 * 16
     stock = WanTransformer3DModel.from_pretrained(checkpoint / "student" / "transformer")
