@@ -7,6 +7,9 @@ samples of each of the world's EXAMPLES for each training seed, from noise that 
 """
 
 import csv
+import re
+import shlex
+import subprocess
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +27,14 @@ from tiny import measures
 from tiny import world as tiny
 from tiny.samples import TinyWorld
 from training.files import UserError
-from training.finished import load_run, students_of
-from training.flags import one_line_errors
+from training.finished import load_run, run_of, students_of
+from training.flags import one_line_errors, recipe_args
 from training.media import moving_sheet
-from training.metrics import preview_metrics
+from training.metrics import pairwise_rms, preview_metrics
 
 COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
-    "diversity": "diversity", "position": "position spread, px", "saturation_mean": "saturation",
+    "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px", "saturation_mean": "saturation",
     "brightness_mean": "brightness", "clipped": "clipped pixels, %", "speed_mean": "speed, px/frame",
     "coherence": "coherence, px", "frames": "frame relations", "samples": "sample relations",
     "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
@@ -50,12 +53,15 @@ class Args:
     repeats: int = 3
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[int, ...] = (50, 4)
-    """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    """Euler steps of the teacher's rows at the training guidance; the first also without guidance. None: no such rows,
+    and no relations, which are compared with the teacher's."""
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
+    csv: Path | None = None
+    """File that also gets a line for each run and for each seed of data and teacher, in place of the line it had."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
 
@@ -98,7 +104,8 @@ def measure(clips, reference):
     seeds, f = clips.shape[1], measures.read_factors(clips.flatten(0, 1))
     row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(seeds)])
     pixels = preview_metrics(clips)
-    row |= {"diversity": pixels["diversity"], "clipped": 100 * pixels["clipped"], "distance": float("nan")}
+    row |= {"diversity": pixels["diversity"], "diversity_shape": pairwise_rms(clips[0])}
+    row |= {"clipped": 100 * pixels["clipped"], "distance": float("nan")}
     clean, x, y = (f[name].split(seeds) for name in ("clean", "x", "y"))
     spreads = [torch.hypot(a[c].std(), b[c].std()) for c, a, b in zip(clean, x, y) if c.sum() > 1]
     row["position"] = torch.tensor(spreads).mean().item()
@@ -118,14 +125,37 @@ def drift(clips):
     return {name: (last[factor] - first[factor])[clean].mean().item() for name, factor in factors.items()}
 
 
-def table_of(rows, transpose):
+def command_of(script, args):
+    """The command of a run: its script and the flags that differ from the teacher's recipe."""
+    base, _, variant = script.__name__.partition("-")
+    words = ["python", *(["experiments/variant.py", variant] if variant else [f"{base.replace('.', '/')}.py"])]
+    usual = vars(recipe_args(type(args), teacher=args.teacher)) | {"teacher": "tiny", "runs_dir": args.runs_dir}
+    for name, value in vars(args).items():
+        if value != usual[name]:
+            flag, value = name.replace("_", "-"), Path(value).name if name == "init" else value
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}"]
+            words += [] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])
+    return shlex.join(words)
+
+
+def put(path, rows):
+    """Write rows to a CSV file that may be there; those of one teacher, name and seed replace each other."""
+    before = list(csv.DictReader(open(path))) if path.exists() else []
+    table = {(row["teacher"], row["name"], str(row["seed"])): row for row in [*before, *rows]}
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+
+
+def table_of(rows, transpose=False, columns=COLUMNS):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
-    table = [["", "seeds", *COLUMNS.values()]]
+    table = [["", "seeds", *(COLUMNS[column] for column in columns)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])
-        for column in COLUMNS:
-            values = torch.tensor([row[column] for row in own])
+        for column in columns:
+            values = torch.tensor([float(row[column]) for row in own])
             table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
     table = zip(*table) if transpose else table
     lines = ["| " + " | ".join(row) + " |" for row in table]
@@ -164,13 +194,19 @@ def main(args):
 
     # relations are compared with the teacher's, of other noise than that of the rows
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
-    taught = relations(sample(euler(*plans[0]), 10**6))
+    taught = relations(sample(euler(*plans[0]), 10**6)) if plans else ()
+    cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    record = {"teacher": first.teacher, "per_caption": args.seeds, "machine": cpu if device.type == "cpu" else device}
+    commit = subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
 
-    def add(name, run, seed, latents, clips=None):
+    def add(name, run, seed, latents, clips=None, commit=commit, command=""):
         whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
-        related = dict(zip(("frames", "samples"), map(kl, taught, own)))
-        rows.append({"name": name, "run": run, "seed": seed} | measure(clips, reference) | related | drift(whole))
+        related = dict.fromkeys(("frames", "samples"), float("nan"))
+        related |= dict(zip(related, map(kl, taught, own)))
+        figures = measure(clips, reference) | related | drift(whole)
+        about = {"name": name, "seed": seed, "run": run} | record | {"commit": commit, "command": command}
+        rows.append(about | {key: f"{value:.6g}" for key, value in figures.items()})
         shown.setdefault(name, clips[:2, :6].flatten(0, 1))  # of "a shape" and "a circle"
         print(f"{name}: done", flush=True)
 
@@ -181,24 +217,25 @@ def main(args):
             images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", "", seed, torch.cat([encode(vae, part) for part in clips.split(48)]), clips)
-    for steps, guidance in dict.fromkeys([*plans, (plans[0][0], 1.0)]):
+    for steps, guidance in dict.fromkeys([*plans, *((steps, 1.0) for steps in args.teacher_steps[:1])]):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
-        add(name, folder, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed))
+        run = run_of(checkpoint)
+        about = {"commit": (run / "revision.txt").read_text().strip(), "command": command_of(script, run_args)}
+        add(name, run.name, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
-            add(f"{name}, twice the length", folder, run_args.seed, latents)
+            add(f"{name}, twice the length", run.name, run_args.seed, latents, **about)
 
     lines = table_of(rows, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    with open(args.out / "figures.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    (args.out / "figures.csv").unlink(missing_ok=True)
+    for path in filter(None, (args.out / "figures.csv", args.csv)):
+        put(path, rows)
     moving_sheet(args.out / "clips.webp", list(shown.items()), model.fps)
     print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; figures.csv and clips.webp beside it")
 

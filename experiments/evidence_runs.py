@@ -11,6 +11,7 @@ anew. Tables go to runs/evidence/table_<name>/.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +54,13 @@ RUNS = {
     "dmd2_on_x3": ("+ DMD2 x 3", f"{DFD} --steps 150 --data-prob 0 {SIMULATE}"),
     "codmd_on": ("+ CoDMD x 3", f"{CODMD} --init dmd2 --steps 150 {POST}"),
     "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
+    "euler": ("DMD2, Euler steps", f"{VARIANT} euler --gan-weight 0 --steps 500"),
+    "experts": ("DMD2, Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
+    "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 5 --steps 500"),
+    "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
+    "phased_disjoint": ("disjoint score times", f"{VARIANT} disjoint_sigmas --steps 500"),
     "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
     "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
     "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
@@ -69,6 +75,13 @@ RUNS = {
     "causal_dfd": ("+ DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
     "causal_dfd_simulate": ("+ DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
+for caption, words in (("", ""), ("_shape", " --caption 'a shape'")):
+    for p in (0.5, 1):
+        for space in ("x0", "velocity", "score"):
+            RUNS[f"space_{space}_{p:g}{caption}"] = (
+                f"{space}, p {p:g}{', a shape' if caption else ''}",
+                f"{VARIANT} dfd_space --init dmd2 --steps 50 --space {space} --data-prob {p:g}{words}",
+            )
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
     "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
@@ -82,7 +95,7 @@ TABLES = {
 
 def words_of(name):
     """The words of a run's command, and the name of the run that it starts from or None."""
-    words = RUNS[name][1].split()
+    words = shlex.split(RUNS[name][1])
     return words, words[words.index("--init") + 1] if "--init" in words else None
 
 
