@@ -34,9 +34,9 @@ from training.metrics import pairwise_rms, preview_metrics
 
 COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
-    "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px", "saturation_mean": "saturation",
-    "brightness_mean": "brightness", "clipped": "clipped pixels, %", "speed_mean": "speed, px/frame",
-    "coherence": "coherence, px", "frames": "frame relations", "samples": "sample relations",
+    "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px",
+    "saturation_mean": "saturation", "brightness_mean": "brightness", "clipped": "clipped pixels, %",
+    "speed_mean": "speed, px/frame", "coherence": "coherence, px", "frames": "frame relations", "samples": "sample relations",
     "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
    }  # fmt: skip
 
@@ -60,10 +60,10 @@ class Args:
     the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
-    csv: Path | None = None
-    """File that also gets a line for each run and for each seed of data and teacher, in place of the line it had."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
+    csv: Path | None = None
+    """The file for figures.csv. Lines of other runs stay in it."""
 
 
 def by_caption(x):
@@ -126,21 +126,21 @@ def drift(clips):
 
 
 def command_of(script, args):
-    """The command of a run: its script and the flags that differ from the teacher's recipe."""
+    """The command of a run: its script and the flags that differ from the recipe; of --init the run's name."""
     base, _, variant = script.__name__.partition("-")
-    words = ["python", *(["experiments/variant.py", variant] if variant else [f"{base.replace('.', '/')}.py"])]
-    usual = vars(recipe_args(type(args), teacher=args.teacher)) | {"teacher": "tiny", "runs_dir": args.runs_dir}
+    words = ["python", "experiments/variant.py", variant] if variant else ["python", f"{base.replace('.', '/')}.py"]
+    usual = vars(recipe_args(type(args), teacher=args.teacher, runs_dir=args.runs_dir)) | {"teacher": "tiny"}
     for name, value in vars(args).items():
         if value != usual[name]:
-            flag, value = name.replace("_", "-"), Path(value).name if name == "init" else value
-            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}"]
-            words += [] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])
+            value, flag = Path(value).name if name == "init" and value else value, name.replace("_", "-")
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
     return shlex.join(words)
 
 
-def put(path, rows):
-    """Write rows to a CSV file that may be there; those of one teacher, name and seed replace each other."""
-    before = list(csv.DictReader(open(path))) if path.exists() else []
+def add_to(path, rows):
+    """Write rows to a CSV file; in one that is there they replace those of the same teacher, name and seed."""
+    before = csv.DictReader(open(path)) if path.exists() else ()
     table = {(row["teacher"], row["name"], str(row["seed"])): row for row in [*before, *rows]}
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -148,14 +148,14 @@ def put(path, rows):
         writer.writerows(table.values())
 
 
-def table_of(rows, transpose=False, columns=COLUMNS):
+def table_of(rows, figures, transpose):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
-    table = [["", "seeds", *(COLUMNS[column] for column in columns)]]
+    table = [["", "seeds", *(COLUMNS[figure] for figure in figures)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])
-        for column in columns:
-            values = torch.tensor([float(row[column]) for row in own])
+        for figure in figures:
+            values = torch.tensor([float(row[figure]) for row in own])
             table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
     table = zip(*table) if transpose else table
     lines = ["| " + " | ".join(row) + " |" for row in table]
@@ -231,11 +231,9 @@ def main(args):
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
             add(f"{name}, twice the length", run.name, run_args.seed, latents, **about)
 
-    lines = table_of(rows, args.transpose)
+    lines = table_of(rows, COLUMNS, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    (args.out / "figures.csv").unlink(missing_ok=True)
-    for path in filter(None, (args.out / "figures.csv", args.csv)):
-        put(path, rows)
+    add_to(args.csv or args.out / "figures.csv", rows)
     moving_sheet(args.out / "clips.webp", list(shown.items()), model.fps)
     print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; figures.csv and clips.webp beside it")
 

@@ -3,21 +3,25 @@
     python experiments/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
     python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
     python experiments/evidence_runs.py --list                       # the commands, without running them
+    python experiments/evidence_runs.py --seeds                      # the tables of experiments/evidence.csv, no run
 
 --tables are names of TABLES, all but `broken` (for docs/curves.md) unless given; what their runs start from is trained
 too. --jobs seeds are trained at a time. Every run is one thread, keeps no average of its student, and writes to its own
 folder, runs/evidence/<name>/. A run that has its last checkpoint is not trained again; one that was interrupted starts
-anew. Tables go to runs/evidence/table_<name>/.
+anew. Its figures, of 64 samples of each caption, are a line of experiments/evidence.csv, and the tables are made from
+that file alone; a run that has a line is not sampled again.
 """
 
+import csv
 import os
-import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
+
+from experiments.evidence import table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = (  # flags of all
@@ -45,6 +49,13 @@ RUNS = {
     "regression": ("+ regression", f"{VARIANT} regression --init dmd2 --steps 50"),
     "dfd": ("+ DFD", f"{DFD} --steps 50 {OFTEN}"),
     "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
+    "dfd_velocity": ("+ DFD, velocity", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity"),
+    "dfd_score": ("+ DFD, score", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score"),
+    "dfd_velocity_p1": (
+        "+ DFD, velocity, p 1",
+        f"{VARIANT} dfd_space --init dmd2 --steps 50 --data-prob 1 --space velocity",
+    ),
+    "dfd_score_p1": ("+ DFD, score, p 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --data-prob 1 --space score"),
     "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
     "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
@@ -75,27 +86,37 @@ RUNS = {
     "causal_dfd": ("+ DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
     "causal_dfd_simulate": ("+ DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
-for caption, words in (("", ""), ("_shape", " --caption 'a shape'")):
-    for p in (0.5, 1):
-        for space in ("x0", "velocity", "score"):
-            RUNS[f"space_{space}_{p:g}{caption}"] = (
-                f"{space}, p {p:g}{', a shape' if caption else ''}",
-                f"{VARIANT} dfd_space --init dmd2 --steps 50 --space {space} --data-prob {p:g}{words}",
-            )
+FORCED = "right looks diversity diversity_shape saturation_mean brightness_mean distance"
+PHASED = "right looks position saturation_mean brightness_mean coherence distance"
+# name: (its figures, of evidence.COLUMNS, and its rows)
 TABLES = {
-    "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
-    "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
-    "phased_dmd": "dmd2 vanilla phased_dmd phased_4 phased_naive",
-    "i2v": "i2v i2v_dfd",
-    "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
-    "broken": "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",  # of curves.md
+    "dmd2": (
+        "right looks saturation_mean brightness_mean distance",
+        "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
+    ),
+    "dfd": (FORCED, "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10"),
+    "spaces": (FORCED, "dmd2 dfd dfd_velocity dfd_score dfd_p1 dfd_velocity_p1 dfd_score_p1"),
+    "codmd": (
+        "right looks frames samples distance",
+        "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
+    ),
+    "samplers": (PHASED, "dmd2 euler experts phased_dmd phased_disjoint dpdmd ddmd"),
+    "phased_dmd": (PHASED, "dmd2 vanilla phased_dmd phased_4 phased_naive"),
+    "i2v": ("right motions diversity brightness_mean", "i2v i2v_dfd"),
+    "causal": (
+        "right looks brighter stronger distance",
+        "causal_start causal causal_on causal_dfd causal_dfd_simulate",
+    ),
+    "broken": (  # of curves.md
+        "right looks diversity saturation_mean brightness_mean",
+        "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",
+    ),
 }
 
 
 def words_of(name):
     """The words of a run's command, and the name of the run that it starts from or None."""
-    words = shlex.split(RUNS[name][1])
+    words = RUNS[name][1].split()
     return words, words[words.index("--init") + 1] if "--init" in words else None
 
 
@@ -127,15 +148,45 @@ def train(runs_dir, name, seed):
     print(f"{name}, seed {seed}: done", flush=True)
 
 
+def sample(runs_dir, table, seeds, path):
+    """Bring lines to the CSV file `path`: those of the runs of a table, if they have none."""
+    lines, teacher = read(path), "tiny-i2v" if table == "i2v" else "tiny"
+    known = {(line["name"], line["seed"]) for line in lines}
+    runs = [(name, seed) for name in TABLES[table][1].split() for seed in seeds if (name, str(seed)) not in known]
+    if runs:
+        words = [*(finished(runs_dir, *run) for run in runs), "--names", *(name for name, _ in runs), "--seeds", "64"]
+        words += ["--repeats", "0" if any(line["teacher"] == teacher and not line["run"] for line in lines) else "3"]
+        words += ["--teacher-steps", "25", "4", *(["--long"] if table == "causal" else []), "--csv", path]
+        words += ["--out", runs_dir / f"table_{table}"]
+        subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
+
+
+def read(path):
+    return [*csv.DictReader(open(path))] if path.exists() else []
+
+
+def lines_of(table, path):
+    """A table as lines of Markdown: data and teacher, then the runs that have lines in the CSV file `path`."""
+    figures, names = (words.split() for words in TABLES[table])
+    teacher, rows = "tiny-i2v" if table == "i2v" else "tiny", []
+    for line in read(path):
+        name, comma, rest = line["name"].partition(",")
+        if line["teacher"] == teacher and (not line["run"] or name in names):
+            place, label = (names.index(name), RUNS[name][0]) if line["run"] else (-1, name)
+            rows.append((place, line | {"name": label + comma + rest}))
+    return table_of([line for _, line in sorted(rows, key=lambda row: row[0])], figures, transpose=False)
+
+
 def main(
     tables: tuple[str, ...] = tuple(TABLES)[:-1],
     seeds: tuple[int, ...] = (0, 1, 2),
     jobs: int = 1,
     runs_dir: Path = Path("runs/evidence"),
+    path: Path = ROOT / "experiments" / "evidence.csv",
     list: bool = False,
 ):
     runs_dir = runs_dir.resolve()
-    wanted = {name for table in tables for name in TABLES[table].split()}
+    wanted = {name for table in tables for name in TABLES[table][1].split()}
     for name in reversed(RUNS):
         if name in wanted:
             wanted.add(words_of(name)[1])  # what it starts from
@@ -148,11 +199,8 @@ def main(
     with ThreadPoolExecutor(jobs) as pool:
         tuple(pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds))
     for table in tables:
-        rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
-        folders, labels = zip(*rows)
-        words = [*folders, "--names", *labels, "--out", runs_dir / f"table_{table}", "--seeds", "16"]
-        words += ["--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
-        subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
+        sample(runs_dir, table, seeds, path)
+        print("\n".join([f"\n{table}\n", *lines_of(table, path)]))
 
 
 if __name__ == "__main__":
