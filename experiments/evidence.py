@@ -8,8 +8,6 @@ samples of each of the world's EXAMPLES for each training seed, from noise that 
 
 import csv
 import re
-import shlex
-import subprocess
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from tiny import measures
 from tiny import world as tiny
 from tiny.samples import TinyWorld
 from training.files import UserError
-from training.finished import load_run, run_of, students_of
+from training.finished import load_run, students_of
 from training.flags import one_line_errors, recipe_args
 from training.media import moving_sheet
 from training.metrics import pairwise_rms, preview_metrics
@@ -36,9 +34,11 @@ COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
     "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px",
     "saturation_mean": "saturation", "brightness_mean": "brightness", "clipped": "clipped pixels, %",
-    "speed_mean": "speed, px/frame", "coherence": "coherence, px", "frames": "frame relations", "samples": "sample relations",
+    "speed_mean": "speed, px/frame", "coherence": "coherence, px",
+    "frames": "frame relations", "samples": "sample relations",
     "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
    }  # fmt: skip
+TWICE = ", twice the length"
 
 
 @dataclass
@@ -128,14 +128,12 @@ def drift(clips):
 def command_of(script, args):
     """The command of a run: its script and the flags that differ from the recipe; of --init the run's name."""
     base, _, variant = script.__name__.partition("-")
-    words = ["python", "experiments/variant.py", variant] if variant else ["python", f"{base.replace('.', '/')}.py"]
     usual = vars(recipe_args(type(args), teacher=args.teacher, runs_dir=args.runs_dir)) | {"teacher": "tiny"}
-    for name, value in vars(args).items():
-        if value != usual[name]:
-            value, flag = Path(value).name if name == "init" and value else value, name.replace("_", "-")
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
-    return shlex.join(words)
+    own = {name.replace("_", "-"): value for name, value in vars(args).items() if value != usual[name]}
+    words = [f"experiments/variant.py {variant}" if variant else f"{base.replace('.', '/')}.py"]
+    words += [f"--{name} {value}" for name, value in own.items()]
+    flags = re.sub(r"--(\S+) False", r"--no-\1", " ".join(["python", *words]))
+    return re.sub(r"[(),]| True|(?<=--init )\S*/", "", flags)
 
 
 def add_to(path, rows):
@@ -195,17 +193,18 @@ def main(args):
     # relations are compared with the teacher's, of other noise than that of the rows
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
     taught = relations(sample(euler(*plans[0]), 10**6)) if plans else ()
-    cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    record = {"teacher": first.teacher, "per_caption": args.seeds, "machine": cpu if device.type == "cpu" else device}
-    commit = subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
+    here = {
+        "teacher": first.teacher,
+        "per_caption": args.seeds,
+        "machine": re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1],
+    }
 
-    def add(name, run, seed, latents, clips=None, commit=commit, command=""):
+    def add(name, run, seed, latents, clips=None, commit="", command=""):
         whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
-        related = dict.fromkeys(("frames", "samples"), float("nan"))
-        related |= dict(zip(related, map(kl, taught, own)))
+        related = dict(zip(("frames", "samples"), map(kl, taught, own) if plans else (float("nan"),) * 2))
         figures = measure(clips, reference) | related | drift(whole)
-        about = {"name": name, "seed": seed, "run": run} | record | {"commit": commit, "command": command}
+        about = {"name": name, "seed": seed, "run": run, "commit": commit, "command": command} | here
         rows.append(about | {key: f"{value:.6g}" for key, value in figures.items()})
         shown.setdefault(name, clips[:2, :6].flatten(0, 1))  # of "a shape" and "a circle"
         print(f"{name}: done", flush=True)
@@ -223,13 +222,13 @@ def main(args):
     for name, folder, (script, run_args, checkpoint) in runs:
         students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
-        run = run_of(checkpoint)
-        about = {"commit": (run / "revision.txt").read_text().strip(), "command": command_of(script, run_args)}
-        add(name, run.name, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
+        revision, run, command = checkpoint.parents[1] / "revision.txt", Path(folder).name, command_of(script, run_args)
+        about = {"commit": revision.read_text().strip() if revision.is_file() else "", "command": command}
+        add(name, run, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
-            add(f"{name}, twice the length", run.name, run_args.seed, latents, **about)
+            add(name + TWICE, run, run_args.seed, latents, **about)
 
     lines = table_of(rows, COLUMNS, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")

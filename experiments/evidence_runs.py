@@ -2,14 +2,13 @@
 
     python experiments/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
     python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
-    python experiments/evidence_runs.py --list                       # the commands, without running them
     python experiments/evidence_runs.py --seeds                      # the tables of experiments/evidence.csv, no run
 
 --tables are names of TABLES, all but `broken` (for docs/curves.md) unless given; what their runs start from is trained
 too. --jobs seeds are trained at a time. Every run is one thread, keeps no average of its student, and writes to its own
 folder, runs/evidence/<name>/. A run that has its last checkpoint is not trained again; one that was interrupted starts
 anew. Its figures, of 64 samples of each caption, are a line of experiments/evidence.csv, and the tables are made from
-that file alone; a run that has a line is not sampled again.
+that file alone.
 """
 
 import csv
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.evidence import table_of
+from experiments.evidence import TWICE, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = (  # flags of all
@@ -67,7 +66,7 @@ RUNS = {
     "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
     "euler": ("DMD2, Euler steps", f"{VARIANT} euler --gan-weight 0 --steps 500"),
     "experts": ("DMD2, Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
-    "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 5 --steps 500"),
+    "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 8 --steps 500"),
     "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
@@ -80,37 +79,29 @@ RUNS = {
     "shift_1": ("shift 1", f"{DMD2} --steps 500 --shift 1"),
     "i2v": ("DMD2", f"{DMD2} {I2V} --steps 500"),
     "i2v_dfd": ("+ DFD", f"dfd.py {I2V} --init i2v --steps 50 {OFTEN}"),
-    "causal_start": ("ODE start", f"tools/ode_init.py {CAUSAL} --steps 1500 --preview-every 250"),
-    "causal": ("DMD2", f"{DMD2} {CAUSAL} --init causal_start --steps 500"),
-    "causal_on": ("+ DMD2", f"{DMD2} {CAUSAL} --init causal --steps 50 {POST}"),
-    "causal_dfd": ("+ DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
-    "causal_dfd_simulate": ("+ DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
+    "causal_start": ("causal, ODE start", f"tools/ode_init.py {CAUSAL} --steps 1500 --preview-every 250"),
+    "causal": ("causal DMD2", f"{DMD2} {CAUSAL} --init causal_start --steps 500"),
+    "causal_on": ("causal + DMD2", f"{DMD2} {CAUSAL} --init causal --steps 50 {POST}"),
+    "causal_dfd": ("causal + DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
+    "causal_dfd_simulate": ("causal + DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
-FORCED = "right looks diversity diversity_shape saturation_mean brightness_mean distance"
-PHASED = "right looks position saturation_mean brightness_mean coherence distance"
-# name: (its figures, of evidence.COLUMNS, and its rows)
+# name: its runs, and its figures (of evidence.COLUMNS)
 TABLES = {
-    "dmd2": (
-        "right looks saturation_mean brightness_mean distance",
-        "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    ),
-    "dfd": (FORCED, "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10"),
-    "spaces": (FORCED, "dmd2 dfd dfd_velocity dfd_score dfd_p1 dfd_velocity_p1 dfd_score_p1"),
-    "codmd": (
-        "right looks frames samples distance",
-        "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
-    ),
-    "samplers": (PHASED, "dmd2 euler experts phased_dmd phased_disjoint dpdmd ddmd"),
-    "phased_dmd": (PHASED, "dmd2 vanilla phased_dmd phased_4 phased_naive"),
-    "i2v": ("right motions diversity brightness_mean", "i2v i2v_dfd"),
-    "causal": (
-        "right looks brighter stronger distance",
-        "causal_start causal causal_on causal_dfd causal_dfd_simulate",
-    ),
-    "broken": (  # of curves.md
-        "right looks diversity saturation_mean brightness_mean",
-        "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",
-    ),
+    "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1 "
+    "dfd_simulate dfd_x3 dfd_x10",
+    "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
+    "phased_dmd": "dmd2 euler experts dpdmd ddmd vanilla phased_dmd phased_disjoint phased_4 phased_naive",
+    "i2v": "i2v i2v_dfd",
+    "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
+    "broken": "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",  # of curves.md
+}
+FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
+    "dfd": "right looks diversity diversity_shape saturation_mean brightness_mean distance",
+    "codmd": "right looks frames samples distance",
+    "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
+    "i2v": "right motions diversity brightness_mean",
+    "causal": "right looks brighter stronger distance",
 }
 
 
@@ -148,33 +139,13 @@ def train(runs_dir, name, seed):
     print(f"{name}, seed {seed}: done", flush=True)
 
 
-def sample(runs_dir, table, seeds, path):
-    """Bring lines to the CSV file `path`: those of the runs of a table, if they have none."""
-    lines, teacher = read(path), "tiny-i2v" if table == "i2v" else "tiny"
-    known = {(line["name"], line["seed"]) for line in lines}
-    runs = [(name, seed) for name in TABLES[table][1].split() for seed in seeds if (name, str(seed)) not in known]
-    if runs:
-        words = [*(finished(runs_dir, *run) for run in runs), "--names", *(name for name, _ in runs), "--seeds", "64"]
-        words += ["--repeats", "0" if any(line["teacher"] == teacher and not line["run"] for line in lines) else "3"]
-        words += ["--teacher-steps", "25", "4", *(["--long"] if table == "causal" else []), "--csv", path]
-        words += ["--out", runs_dir / f"table_{table}"]
-        subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
-
-
-def read(path):
-    return [*csv.DictReader(open(path))] if path.exists() else []
-
-
-def lines_of(table, path):
-    """A table as lines of Markdown: data and teacher, then the runs that have lines in the CSV file `path`."""
-    figures, names = (words.split() for words in TABLES[table])
-    teacher, rows = "tiny-i2v" if table == "i2v" else "tiny", []
-    for line in read(path):
-        name, comma, rest = line["name"].partition(",")
-        if line["teacher"] == teacher and (not line["run"] or name in names):
-            place, label = (names.index(name), RUNS[name][0]) if line["run"] else (-1, name)
-            rows.append((place, line | {"name": label + comma + rest}))
-    return table_of([line for _, line in sorted(rows, key=lambda row: row[0])], figures, transpose=False)
+def table_in(path, table):
+    """A table in Markdown, made from the CSV file `path` alone: data and teacher, then the runs."""
+    teacher, lines = "tiny-i2v" if table == "i2v" else "tiny", csv.DictReader(open(path))
+    labels = ["", *(RUNS[name][0] for name in TABLES[table].split())]
+    rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
+    rows = [line for label in labels for own, line in rows if own == label]
+    return table_of(rows, FIGURES[table].split(), transpose=False)
 
 
 def main(
@@ -183,24 +154,23 @@ def main(
     jobs: int = 1,
     runs_dir: Path = Path("runs/evidence"),
     path: Path = ROOT / "experiments" / "evidence.csv",
-    list: bool = False,
 ):
     runs_dir = runs_dir.resolve()
-    wanted = {name for table in tables for name in TABLES[table][1].split()}
+    wanted = {name for table in tables for name in TABLES[table].split()}
     for name in reversed(RUNS):
         if name in wanted:
             wanted.add(words_of(name)[1])  # what it starts from
     names = [name for name in RUNS if name in wanted]
-    if list:
-        for name in names:
-            for seed in seeds:
-                print("python", *command(runs_dir, name, seed))
-        return
     with ThreadPoolExecutor(jobs) as pool:
         tuple(pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds))
     for table in tables:
-        sample(runs_dir, table, seeds, path)
-        print("\n".join([f"\n{table}\n", *lines_of(table, path)]))
+        rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
+        if rows:
+            folders, labels = zip(*rows)
+            words = [*folders, "--names", *labels, "--csv", path, "--out", runs_dir / f"table_{table}"]
+            words += ["--seeds", "64", "--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
+            subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
+        print("\n".join(["", table, "", *table_in(path, table)]))
 
 
 if __name__ == "__main__":
