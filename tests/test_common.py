@@ -16,8 +16,8 @@ import dmd
 from models.latents import decode, encode
 from tests.conftest import small_args
 from tiny.samples import TinyWorld
-from training.files import hashed, read_prompts, write_shard, written_aside
-from training.samples import samples_key, teacher_samples
+from training.files import hashed, read_prompts, read_shard, write_shard, written_aside
+from training.samples import samples_key, solver_settings, teacher_samples
 
 CPU = torch.device("cpu")
 MODEL = common.Model("tiny", 9, 32, 32)
@@ -131,6 +131,7 @@ def test_pairs_are_the_teachers_own_and_kept(tmp_path, monkeypatch):
     rng = SimpleNamespace(normal=lambda _: pairs.latents_of(range(3), "noise"))
     wanted = dmd.sample_teacher(*settings, rng, cond)
     torch.testing.assert_close(pairs.latents_of(range(3)), wanted, atol=1e-4, rtol=1e-4)
+    assert {tuple(read_shard(path)[2]) for path, _ in pairs.rows} == {solver_settings(args)}
     teacher_samples(run, data, None, args)
     flags = ("guidance_scale", "shift", "teacher_steps", "num_samples", "batch_size")
     keys = {samples_key(data, args), *(samples_key(data, replace(args, **{flag: 7})) for flag in flags)}
