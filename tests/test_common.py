@@ -98,6 +98,10 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
     os.umask(before)
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o640, "as the umask asks for"
+    with pytest.raises(KeyError), written_aside(path) as aside:
+        aside.touch()
+        raise KeyError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_prompts_are_encoded_once_and_each_as_itself(tmp_path, monkeypatch):

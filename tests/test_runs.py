@@ -201,6 +201,7 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
     train(runs_dir=tmp_path, steps=2, resume=run, guidance_scale=9.0)  # finished, it stays what it was trained with
     assert checkpoints(tmp_path) == [1, 2]
     assert [load_run(path)[1].guidance_scale for path in (run, latest_checkpoint(run))] == [2.0, 2.0]
+    assert json.loads((run / "args.json").read_text())["guidance_scale"] == 2.0
 
 
 def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(tmp_path, monkeypatch, fails):
