@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"training.files"},
 }
 BARS = {  # of each room: lines and tokens at most
-    "scripts": (1500, 12500), "common": (380, 2900), "models": (1000, 7500), "training": (1370, 10400),
+    "scripts": (1500, 12500), "common": (380, 2900), "models": (1000, 7500), "training": (1420, 10950),
     "tiny": (760, 6800), "tools": (1400, 10500), "experiments": (820, 7600), "evaluation": (600, 5000),
     "docs": (200, 1700), "tests": (6000, 62000),
 }  # fmt: skip
