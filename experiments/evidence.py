@@ -174,7 +174,7 @@ def main(args):
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
         related = dict(zip(("frames", "samples"), map(kl, taught, own)))
         rows.append({"name": name, "run": run, "seed": seed} | measure(clips, reference) | related | drift(whole))
-        shown.setdefault(name, clips[:2, :6].flatten(0, 1))
+        shown.setdefault(name, clips[:2, :6])
         print(f"{name}: done", flush=True)
 
     for seed in range(args.repeats):
@@ -202,7 +202,8 @@ def main(args):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    moving_sheet(args.out / "clips.webp", list(shown.items()), model.fps, heads=list(tiny.EXAMPLES)[:2])
+    sheet = [(f"{tiny.EXAMPLES[i]}: {name}", own[i]) for i in (0, 1) for name, own in shown.items()]
+    moving_sheet(args.out / "clips.webp", sheet, model.fps)
     print("\n".join(lines) + f"\n\nlook at {args.out / 'clips.webp'}; table.md and figures.csv are beside it")
 
 

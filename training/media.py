@@ -87,27 +87,13 @@ def contact_sheet(path, rows, frames=4):
     return sheet
 
 
-def moving_sheet(path, rows, fps, heads=()):
-    """Write `draw_sheet` of clips of one length as an animated WebP, in which they move. heads: texts above groups of
-    its columns, all groups of one size, with a gap between them.
-    """
+def moving_sheet(path, rows, fps):
+    """Write `draw_sheet` of clips of one length as an animated WebP, in which they move."""
     length = rows[0][1][0].shape[1]
     at = lambda t: draw_sheet([(label, [clip[:, t : t + 1] for clip in clips]) for label, clips in rows])
-    first, *others = [with_heads(at(t), heads) if heads else at(t) for t in range(length)]
+    first, *others = [at(t) for t in range(length)]
     with written_aside(path) as aside:
         first.save(aside, "WebP", save_all=True, append_images=others, duration=1000 // fps, loop=0, quality=90)
-
-
-def with_heads(sheet, heads):
-    """A sheet of one column, cut into groups with a text above each."""
-    size = (sheet.width - LABEL_WIDTH) // len(heads)
-    wide = Image.new("RGB", (sheet.width + 3 * GAP * len(heads), sheet.height + 26), "white")
-    wide.paste(sheet.crop((0, 0, LABEL_WIDTH, sheet.height)), (0, 26))
-    for i, head in enumerate(heads):
-        left = LABEL_WIDTH + i * (size + 3 * GAP)
-        wide.paste(sheet.crop((LABEL_WIDTH + i * size, 0, LABEL_WIDTH + (i + 1) * size, sheet.height)), (left, 26))
-        ImageDraw.Draw(wide).text((left, 0), head, fill="black", font=ImageFont.load_default(18))
-    return wide
 
 
 def draw_sheet(rows, frames=4):
