@@ -10,17 +10,20 @@
 set -euo pipefail
 teacher=${TEACHER:-wan2.1-1.3b}
 runs=${RUNS:-runs/$(basename "$teacher")}
-gpus=${GPUS:-$(nvidia-smi --list-gpus 2> /dev/null | wc -l)}
+gpus=${GPUS:-$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)}
+gpus=$((gpus > 0 ? gpus : 1))
 short=(${STEPS:+--steps "$STEPS" --save-every "$STEPS" --num-samples "$STEPS"})
 
 train() {
+  if [ -e "$runs/$1.done" ]; then return; fi
   local resume=()
   if compgen -G "$runs/${1%.py}__*/checkpoints/step_*[0-9]" > /dev/null; then resume=(--resume latest); fi
-  torchrun --standalone --nproc_per_node="$((gpus ? gpus : 1))" --shutdown-timeout 900 \
+  torchrun --standalone --nproc_per_node="$gpus" --shutdown-timeout 900 \
     "$1" --teacher "$teacher" --runs-dir "$runs" "${@:2}" "${short[@]}" "${resume[@]}"
+  touch "$runs/$1.done"
 }
 
-python tools/cost.py dmd2 --teacher "$teacher" --gpus "$((gpus ? gpus : 1))"
+python tools/cost.py dmd2 --teacher "$teacher" --gpus "$gpus"
 train dmd2.py
 train dfd.py # from that student, at its noise levels
 
