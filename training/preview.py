@@ -40,7 +40,7 @@ class Preview:
         """
         videos = []
         for first in tqdm(
-            range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=self.run.rank
+            range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=dist.get_rank() > 0
         ):
             numbers = self.mine[first : first + self.batch_size]
             cond = self.data.cond_of([number // self.seeds for number in numbers])
