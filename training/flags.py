@@ -176,7 +176,9 @@ def parse_args(Args):
     given = {name: value for name, value in vars(known).items() if value is not None}
     for word in others:
         if word in PRESETS or re.fullmatch(r"[\d.]+,[\d.,]*", word):
-            raise UserError(f"did you mean {f'--teacher {word}' if word in PRESETS else word.replace(',', ' ')}?")
+            raise UserError(
+                f"did you mean {f'--teacher {word}' if word in PRESETS else word.replace(',', ' ').strip()}?"
+            )
     args = recipe_args(Args, **{name: given[name] for name in ("teacher", "data", "prompts") if name in given})
     place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)
     if "resume" in given:
