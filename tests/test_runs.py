@@ -382,7 +382,7 @@ def test_help_is_in_groups_the_methods_own_first(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parsed(monkeypatch, "--help", script=dfd)
     text = capsys.readouterr().out
-    words = "method --data-prob data --teacher recipe --betas run --seed --track compute --lora-rank".split()
+    words = "method --data-prob data --teacher recipe --betas run --seed compute --lora-rank".split()
     places = [text.index(f" {word} " if "--" in word else f"─ {word} options ") for word in words]
     assert places == sorted(places) and max(map(len, text.splitlines())) <= 120
     assert "Steps between checkpoints" in text  # what dfd.py gives another value keeps its text
@@ -469,7 +469,7 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch, fails):
 def test_a_restarted_launch_that_had_resume_goes_on_from_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     before, ours = (
-        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **asdict(small_args(dmd2)), script="dmd2") for i in "12"
+        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **asdict(small_args(dmd2)), script="dmd2") for i in (1, 2)
     )
     (ours.parents[1] / "launch.txt").write_text(f"launch {os.getppid()}")
     for count, checkpoint in (("0", before), ("1", ours)):

@@ -69,9 +69,9 @@ class Run:
             self.say(line)
         if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
             self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
-        self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
         self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
+        self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
 
     def restarted(self, args):
         """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
