@@ -211,8 +211,8 @@ def data_forcing(out):
         axes[0].plot(spreads, color=color, label=name)
         if forced:
             axes[1].scatter(data[0].flatten(), x0.detach()[0].flatten(), s=10, color=color)
-    axes[0].set(xlabel="steps", ylabel="spread of the samples (data: 1)", ylim=(0, 1.4))
-    axes[1].set(xlabel="a number of the clip", ylabel="the same of the student's sample", ylim=(-2.5, 2.5))
+    axes[0].set(xlabel="steps", ylabel="spread (data: 1)", ylim=(0, 1.4))
+    axes[1].set(xlabel="a number of the clip", ylabel="of the student's sample", ylim=(-2.5, 2.5))
     axes[0].legend(frameon=False, fontsize=11)
     save(figure, out / "data_forcing.png")
     return ends
