@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY = passive
 .venv/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 is here; make PYTHON=... names one"; exit 1; }
 	$(PYTHON) -m venv .venv
-	@echo "installing PyTorch, diffusers and what they need into .venv, once: minutes, 1.8 GB; with CUDA several GB more"
+	@echo "installing PyTorch, diffusers and what they need into .venv, once: minutes, 1.8 GB, with CUDA 5.2 GB"
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile --requirement requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@echo "compiling them, half a minute"
