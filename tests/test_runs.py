@@ -382,8 +382,12 @@ def test_help_is_in_groups_the_methods_own_first(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parsed(monkeypatch, "--help", script=dfd)
     text = capsys.readouterr().out
-    words = "method --data-prob data --teacher recipe --betas run --seed compute --lora-rank".split()
-    places = [text.index(f" {word} " if "--" in word else f"─ {word} options ") for word in words]
+    groups = (
+        "method --data-prob FLOAT, data --teacher STR, recipe --betas FLOAT, run --seed INT, compute --lora-rank INT"
+    )
+    places = [
+        text.index(part) for group in groups.split(", ") for part in group.replace(" ", " options |", 1).split("|")
+    ]
     assert places == sorted(places) and max(map(len, text.splitlines())) <= 120
     assert "Steps between checkpoints" in text  # what dfd.py gives another value keeps its text
 
