@@ -320,13 +320,15 @@ class Shards(Samples):
                 shape = shapes.get(f"{i}.{key}")
                 own = {"text": (shape[0] if shape else "tokens", model.text_dim), **self.conditions}
                 if shape != (wanted := own.get(key, model.latent_shape)):
-                    raise UserError(f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher needs {wanted}")
+                    raise UserError(
+                        f"shard {path} is of another teacher: {i}.{key} is {shape or 'missing'}, not {wanted}"
+                    )
             if settings and made_with and made_with != list(settings):
                 raise UserError(f"{path} has guidance, shift, steps {made_with}, this run {list(settings)}")
             self.prompts += prompts
             self.rows += [(path, i) for i in range(len(prompts))]
         if not self.rows:
-            raise UserError(f"no samples in {folder}: it must be a folder with *.safetensors shards")
+            raise UserError(f"no *.safetensors shards in {folder}: tools/make_shards.py makes them of videos")
 
     def __len__(self):
         return len(self.rows)

@@ -234,7 +234,7 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

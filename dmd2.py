@@ -58,7 +58,7 @@ class Args(RunArgs):
     student_input: Literal["simulate", "data"] = "simulate"  # DMD2, sec. 4.5
     """Training inputs below noise level 1: the student's own earlier steps, or clips with noise."""
     gan_weight: NonNegativeFloat = 3e-3  # DMD2: 1e-3 to 5e-3
-    """Weight of the student's GAN loss. 0 builds no discriminator."""
+    """Weight of the student's GAN loss. 0, also the default without clips of --data, builds no discriminator."""
     discriminator_weight: NonNegativeFloat = 1e-2  # DMD2
     """Weight of the discriminator's loss beside the fake score's."""
     discriminator_blocks: tuple[int, ...] = (15, 22, 29)  # FastGen
@@ -280,7 +280,7 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

@@ -15,8 +15,9 @@ WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder
 def check_name(teacher):
     """UserError for a teacher that is neither a name nor a folder in the diffusers layout."""
     if teacher not in PRESETS and not (Path(teacher.removesuffix(":i2v")) / "model_index.json").is_file():
+        near = next((f", did you mean {name}?" for name in PRESETS if name == teacher.lower()), "")
         known = f"neither a folder with a model_index.json (the diffusers layout) nor one of {', '.join(PRESETS)}"
-        raise UserError(f"unknown teacher {teacher!r}: {known}")
+        raise UserError(f"unknown teacher {teacher!r}{near or f': {known}'}")
 
 
 def family_of(name):

@@ -75,9 +75,9 @@ class Watch:
             adamw(optimizer)
             self.updates.append((name, before, gradients, state(network)))
 
-        def watched_log(run, step, values, total):
+        def watched_log(run, step, values):
             self.figures.append({name: float(value) for name, value in values.items()})
-            log(run, step, values, total)
+            log(run, step, values)
 
         def watched_write(preview, name, sample):
             latents = []

@@ -41,7 +41,7 @@ class Args:
     metadata: Path | None = None
     """Table of videos and captions, in place of .txt files: JSONL, or CSV with a header. Columns: file_name (below the
     folder of clips) and caption."""
-    teacher: str = "wan2.1-1.3b"
+    teacher: str = "tiny"
     """Whose VAE and encoders: a name (docs/teachers.md), or a local folder in the diffusers layout, perhaps :i2v."""
     frames: Annotated[int | None, Ge(1)] = None
     """Frames of a clip; a shorter video is skipped. None: as many as the scripts train on with this teacher."""
@@ -75,6 +75,8 @@ def survey(args, model):
 
 
 def main(args):
+    if not args.clips.is_dir():  # before a teacher is fetched
+        raise UserError(f"no such folder: {args.clips}")
     device = common.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     recipe = recipe_args(dmd2.Args, teacher=args.teacher)

@@ -103,7 +103,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         common.ema_update(ema, student, args.ema_decay)
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from tqdm import tqdm
 
 import common
 from models.latents import decode
@@ -38,7 +39,9 @@ class Preview:
         (rng, cond) -> latents [b, c, f, h, w].
         """
         videos = []
-        for first in range(0, len(self.mine), self.batch_size):
+        for first in tqdm(
+            range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=dist.get_rank() > 0
+        ):
             numbers = self.mine[first : first + self.batch_size]
             cond = self.data.cond_of([number // self.seeds for number in numbers])
             with torch.no_grad():
