@@ -73,8 +73,7 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
 def find_init(runs_dir, teacher, init):
     """What --init means: that file or folder, or a script's newest finished run on this teacher."""
     if Path(init).exists():
-        import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
-        return Path(init)
+        return import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for it
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
@@ -134,7 +133,7 @@ def load_init(path, networks, args):
     elif isinstance(student, Adapted):
         raise UserError(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
     elif path.is_file():
-        found = import_module("training.published").load(path, networks, args["teacher"])
+        found = import_module("training.published").load(path, networks, args["teacher"], args["init_strength"])
     elif all((path / part).is_dir() for part in student.parts):
         for part in student.parts:
             common.put_weights(student, path / part, part)

@@ -80,6 +80,8 @@ class RunArgs:
     init: str | None = None
     """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher. A script's
     name (dmd2) means its newest finished run on this teacher; students of others: docs/import.md."""
+    init_strength: float = 1.0
+    """What a LoRA at --init is multiplied with, beside its alpha / rank: a file that asks for less says so."""
     resume: str | None = None
     """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     save_every: PositiveInt = 500
