@@ -92,6 +92,7 @@ class Run:
 
     def load(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint to resume, else networks from --init."""
+        self.optimizers = optimizers
         if self.checkpoint:
             load_state(self.checkpoint, networks, optimizers)
         elif self.init:
@@ -146,6 +147,9 @@ class Run:
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
                 print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
+        if self.args["anneal_lr"] and self.args["steps"] != before["steps"]:
+            now, was = (1 - self.step / steps for steps in (self.args["steps"], before["steps"]))
+            print(f"--anneal-lr: by the new --steps the learning rates go on at {now:.3g} of their first, not {was:.3g}")
         old = before["batch_size"] * before["grad_accum"] * self.world
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
@@ -222,7 +226,8 @@ class Run:
         self.bar = self.bar or tqdm(initial=self.step, total=total, unit="step", dynamic_ncols=True)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss/")}, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-        self.scalars(step, values | {"time/step": time.perf_counter() - self.started})
+        rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.scalars(step, values | rates | {"time/step": time.perf_counter() - self.started})
 
     def scalars(self, step, values):
         """Write floats to TensorBoard on rank 0, as they are."""
