@@ -50,6 +50,11 @@ class RunArgs:
     teacher: str = "tiny"
     """Whom to distill: a name (docs/teachers.md), or a local folder in the diffusers layout; FOLDER:i2v for the
     image-to-video of one that does both."""
+    student: str | None = None
+    """Whose weights student and fake score start with, a name or folder as for --teacher: a smaller model of the same
+    latents and text. Else the teacher's."""
+    negative_prompt: str | None = None
+    """Prompt of guidance's other half, in place of the teacher's own (docs/dialects.md)."""
     prompts: str | None = None
     """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
     images: str | None = None
@@ -128,6 +133,16 @@ class RunArgs:
             raise UserError(f"--{flag}: {error.errors()[0]['msg'].lower()}, got {got}") from None
 
     @property
+    def size(self):
+        return self.frames, self.height, self.width
+
+    @property
+    def subject(self):
+        """What a run's folder is named by: the teacher, or who learns of it."""
+        names = [Path(name).resolve().name for name in (self.student, self.teacher) if name]
+        return "-of-".join(names) if self.student else self.teacher
+
+    @property
     def compute(self):
         """Flags that change time and memory, as common.Model takes them."""
         names = ("gradient_checkpointing", "compile", "attention", "shard_size")
@@ -146,7 +161,7 @@ class RunArgs:
 def recipe_args(Args, **flags):
     """A script's Args for a teacher (models/recipes.py) with `flags` on top: what the command line does."""
     script = Path(sys.modules[Args.__module__].__file__).stem.partition("-")[0]  # a variant's file is dmd2-NAME.py
-    return Args(**{**recipe(flags.get("teacher", Args.teacher), script), **flags})
+    return Args(**{**recipe(flags.get("teacher", Args.teacher), script, flags.get("student")), **flags})
 
 
 def parse_args(Args):
@@ -154,13 +169,13 @@ def parse_args(Args):
     of that run stand in for both.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("teacher", "seed", "runs-dir", "resume"):
+    for name in ("teacher", "student", "seed", "runs-dir", "resume"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     given = {name: value for name, value in vars(scan.parse_known_args()[0]).items() if value is not None}
-    args = recipe_args(Args, teacher=given.get("teacher", Args.teacher))
+    args = recipe_args(Args, **{name: given[name] for name in ("teacher", "student") if name in given})
     if "resume" in given:
         place, seed = given.get("runs_dir", args.runs_dir), given.get("seed", args.seed)
-        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.teacher, seed, given["resume"]).parents[1]
+        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.subject, seed, given["resume"]).parents[1]
         before = read_json(run / "args.json")
         before = {key: value for key, value in before.items() if key in vars(args)}
         args = replace(args, **{**before, "runs_dir": str(run.parent), "resume": None, "track": False})

@@ -54,25 +54,25 @@ class Run:
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
         args = replace(args, resume=self.restarted(args) or args.resume)
         if args.resume:
-            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
+            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.subject, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
             self.step, self.world = record["step"], record["world_size"]
             self.check_resumed(args)
         elif args.init:
-            self.init = find_init(args.runs_dir, args.teacher, args.init)
+            self.init = find_init(args.runs_dir, args.student or args.teacher, args.init, args.subject)
             args = replace(args, init=str(self.init))
             before = read_json(self.init / "args.json") if (self.init / "args.json").is_file() else {}
             for name in {"teacher", "student_sigmas"} & before.keys() & vars(args).keys():
                 if list(before[name]) != list(vars(args)[name]) and self.rank == 0:
                     print(f"warning: {self.init} was trained with other --{name.replace('_', '-')}: {before[name]}")
         self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
-        self.folder = None  # until it is open
+        self.folder, self.subject = None, args.subject  # until it is open
         check_shared(Path(args.runs_dir))
 
     def restarted(self, args):
         """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
         self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
-        runs = runs_of(args.runs_dir, self.script.stem, args.teacher, args.seed)
+        runs = runs_of(args.runs_dir, self.script.stem, args.subject, args.seed)
         ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
         found = [max((str(run) for run in runs if ours(run) and latest_checkpoint(run)), default=None)]
         dist.broadcast_object_list(found)
@@ -120,7 +120,7 @@ class Run:
 
     def open_folder(self):
         """The run's folder, made for a new run; None if another process trains in it."""
-        name = run_name(self.script.stem, self.args["teacher"], self.args["seed"])
+        name = run_name(self.script.stem, self.subject, self.args["seed"])
         folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
         while not self.folder:
             try:
@@ -149,7 +149,7 @@ class Run:
                 print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
         if self.args["anneal_lr"] and self.args["steps"] != before["steps"]:
             now, was = (1 - self.step / steps for steps in (self.args["steps"], before["steps"]))
-            print(f"--anneal-lr: by the new --steps the learning rates go on at {now:.3g} of their first, not {was:.3g}")
+            print(f"--anneal-lr: by the new --steps learning rates go on at {now:.3g} of their first, not {was:.3g}")
         old = before["batch_size"] * before["grad_accum"] * self.world
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
