@@ -160,7 +160,7 @@ def load_networks(checkpoint, networks):
     known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
     found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
     for key in sorted(known.keys() ^ wanted.keys()):
-        if key.split(".")[0] in found and ".heads." not in key:
+        if key.split(".")[0] in found & networks.keys() and ".heads." not in key:
             lora = f"train in full from {checkpoint / 'student' / 'transformer'}, or give both the same LoRA ranks"
             why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
             raise UserError(f"{checkpoint} does not fit: {key} is {'unknown' if key in known else 'missing'}; {why}")
