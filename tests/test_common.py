@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -151,6 +152,15 @@ def test_latents_are_the_stock_vaes_normalised():
     stock = vae.encode(2 * video - 1).latent_dist.mode()
     torch.testing.assert_close(encode(vae, video) * std + mean, stock)
     torch.testing.assert_close(2 * decode(vae, (stock - mean) / std) - 1, vae.decode(stock).sample)
+
+
+def test_a_vae_that_encodes_is_float32_on_a_gpu_too(monkeypatch):
+    seen, gpu = [], torch.device("cuda")
+    vae = mock.MagicMock(from_pretrained=lambda folder, dtype: seen.append(dtype) or mock.MagicMock())
+    monkeypatch.setattr(MODEL.family, "vae_class", vae)
+    for only_decodes in (False, True):
+        MODEL.load_vae(gpu, only_decodes)
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_a_bf16_teacher_keeps_tables_and_timesteps_in_float32():

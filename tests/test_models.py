@@ -11,6 +11,7 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import pytest
@@ -18,6 +19,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
 from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from huggingface_hub.errors import GatedRepoError
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
@@ -308,6 +310,14 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, tmp_path, mon
     # a folder of that family and config has its name
     (tmp_path / "hub/transformer/config.json").write_text(json.dumps(preset.config))
     assert name_of(f"{tmp_path}/hub{SMALL[small][1]}") == name
+
+
+def test_a_gated_repository_is_said_to_be_one(monkeypatch, fails):
+    gated, other = GatedRepoError("403\n\nCannot access", response=mock.MagicMock()), OSError("check your connection")
+    other.__cause__ = gated  # of a file, not of the repository's list
+    for error in (gated, other):
+        monkeypatch.setattr(models.folders, "snapshot_download", mock.Mock(side_effect=error))
+        fails(lambda: teacher_folder("cosmos2.5-2b"), "ask for access", "nvidia/Cosmos-Predict2.5-2B", "auth login")
 
 
 @pytest.mark.parametrize(

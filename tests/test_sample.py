@@ -28,6 +28,7 @@ RUNS = {
     "dmd2, an average": (dmd2, {"ema_decay": 0.5}),
     "phased_dmd, LoRAs": (phased_dmd, {"lora_rank": 2, "fake_lora_rank": 2, "ema_decay": 0.5, "steps": 4}),
     "ode_init": (ode_init, {"frame_block": 1}),
+    "dmd2, a smaller student": (dmd2, {"student": "tiny-small", "negative_prompt": "a blue square"}),
     "dmd": (dmd, {"regression_weight": 0.02}),
     "dfd, images": (dfd, {"frames": 1, "prompts": "PROMPTS", "student_input": "simulate", "data_prob": 0.0}),
     "dmd2, causal": (dmd2, {"frame_block": 1, "ema_decay": 0.5}),
