@@ -187,15 +187,15 @@ def test_a_signal_stops_after_the_step_and_one_that_is_ignored_stays_so(tmp_path
         assert signal.signal(number, before) == handler
 
 
-def stopped_by(rank):
+def stopped_by(rank, folder):
     common.init_distributed()
-    run = Run.__new__(Run)
+    run = Run(dmd.__file__, small_args(runs_dir=folder), CPU)
     run.signal = signal.SIGTERM * (dist.get_rank() == rank)
     assert run.stop_signal() == signal.SIGTERM
 
 
-def test_a_signal_to_one_rank_stops_all():
-    on_ranks(2, stopped_by, 1)
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    on_ranks(2, stopped_by, 1, tmp_path)
 
 
 def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
