@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 from einops import reduce
+from tqdm import tqdm
 
 import codmd
 import common
@@ -60,6 +61,8 @@ class Args:
     the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
+    figures: tuple[str, ...] = tuple(COLUMNS)
+    """Figures of the table, of COLUMNS; figures.csv has all."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
     csv: Path | None = None
@@ -181,7 +184,7 @@ def main(args):
     def sample(sampler, seed):
         """Latents [p * s, c, f, h, w] of sampler(rng, cond), all captions."""
         parts = []
-        for numbers in torch.arange(count).split(48):
+        for numbers in tqdm(torch.arange(count).split(48), "sampling", leave=False):
             rng = common.SampleRNG(seed, "evidence", numbers.tolist(), device)
             parts.append(sampler(rng, captions.cond_of((numbers // args.seeds).tolist())))
         return torch.cat(parts)
@@ -206,7 +209,7 @@ def main(args):
         figures = measure(clips, reference) | related | drift(whole)
         about = {"name": name, "seed": seed, "run": run, "commit": commit, "command": command} | here
         rows.append(about | {key: f"{value:.6g}" for key, value in figures.items()})
-        shown.setdefault(name, clips[:2, :6].flatten(0, 1))  # of "a shape" and "a circle"
+        shown.setdefault(name, clips[:2, :6])
         print(f"{name}: done", flush=True)
 
     for seed in range(args.repeats):
@@ -220,7 +223,8 @@ def main(args):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
-        students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
+        own = common.Model(run_args.teacher, *run_args.size, student=run_args.student)
+        students = students_of(own, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
         revision, run, command = checkpoint.parents[1] / "revision.txt", Path(folder).name, command_of(script, run_args)
         about = {"commit": revision.read_text().strip() if revision.is_file() else "", "command": command}
@@ -230,11 +234,12 @@ def main(args):
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
             add(name + TWICE, run, run_args.seed, latents, **about)
 
-    lines = table_of(rows, COLUMNS, args.transpose)
+    lines = table_of(rows, args.figures, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     add_to(args.csv or args.out / "figures.csv", rows)
-    moving_sheet(args.out / "clips.webp", list(shown.items()), model.fps)
-    print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; figures.csv and clips.webp beside it")
+    sheet = [(f"{tiny.EXAMPLES[i]}: {name}", own[i]) for i in (0, 1) for name, own in shown.items()]
+    moving_sheet(args.out / "clips.webp", sheet, model.fps)
+    print("\n".join(lines) + f"\n\nlook at {args.out / 'clips.webp'}; table.md and figures.csv are beside it")
 
 
 if __name__ == "__main__":
