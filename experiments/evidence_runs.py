@@ -50,11 +50,6 @@ RUNS = {
     "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
     "dfd_velocity": ("+ DFD, velocity", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity"),
     "dfd_score": ("+ DFD, score", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score"),
-    "dfd_velocity_p1": (
-        "+ DFD, velocity, p 1",
-        f"{VARIANT} dfd_space --init dmd2 --steps 50 --data-prob 1 --space velocity",
-    ),
-    "dfd_score_p1": ("+ DFD, score, p 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --data-prob 1 --space score"),
     "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
     "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
@@ -85,17 +80,17 @@ RUNS = {
     "causal_dfd": ("causal + DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
     "causal_dfd_simulate": ("causal + DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
-# name: its runs, and its figures (of evidence.COLUMNS)
+# name: its runs
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1 "
-    "dfd_simulate dfd_x3 dfd_x10",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_score dfd_simulate dfd_x3 dfd_x10",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
     "phased_dmd": "dmd2 euler experts dpdmd ddmd vanilla phased_dmd phased_disjoint phased_4 phased_naive",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
     "broken": "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",  # of curves.md
 }
+# name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
     "dfd": "right looks diversity diversity_shape saturation_mean brightness_mean distance",
     "codmd": "right looks frames samples distance",

@@ -13,7 +13,6 @@ import tyro
 from PIL import Image
 
 import common
-import dfd
 import dmd2
 import phased_dmd
 from experiments import evidence, evidence_runs, variant
@@ -155,22 +154,11 @@ def test_vanilla_gives_the_gradient_of_all_steps():
         assert torch.allclose(x0, 0.82 * (0.7 + 0.6 * 0.3) * first)
 
 
-def test_the_teachers_own_velocity_is_the_target_of_dpdmds_first_step_if_that_is_one_of_its_steps():
+def test_dpdmds_first_step_has_the_teachers_own_velocity_as_target_if_that_is_one_of_its_steps():
     script, teacher, noise = variant.load("dpdmd"), ScaleShift(0.7), torch.ones(4, 1, 1, 1, 1)
     args = small_args(script, teacher_steps=4, guidance_scale=1.0, shift=3.0)
-    anchor = script.sample_teacher(teacher, {}, (1, 1, 1, 1), args, None, COND, noise, 1)
-    v, _ = teacher(noise, torch.ones(4), COND)
-    assert script.anchor_loss(v, noise, anchor, 0.9).item() == pytest.approx(0, abs=1e-10)  # u .75 at shift 3
-    assert script.anchor_loss(v, noise, anchor, 0.8).item() > 0.01
-
-
-@pytest.mark.slow
-def test_x0_is_dfds_own_space(tmp_path):
-    script, weights = variant.load("dfd_space"), []
-    for i, (own, flags) in enumerate(((dfd, {}), (script, {"space": "x0"}), (script, {"space": "score"}))):
-        own.main(small_args(own, runs_dir=tmp_path / str(i), init=None, steps=1, data_prob=1.0, **flags))
-        weights.append(student_weights(tmp_path / str(i), 1, own))
-    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+    x_t = script.sample_teacher(teacher, {}, (1, 1, 1, 1), args, None, COND, noise, 1)  # at u .75
+    assert script.anchor_loss(teacher(noise, torch.ones(4), COND)[0], noise, x_t, 0.9).item() < 1e-10
 
 
 def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_start():
@@ -188,9 +176,7 @@ def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_st
 
 def test_the_pages_tables_are_those_of_the_csv():
     page, path = (ROOT / "docs" / "evidence.md").read_text().splitlines(), ROOT / "experiments" / "evidence.csv"
-    lines = list(csv.DictReader(open(path)))
-    assert len({line["per_caption"] for line in lines}) == 1  # else looks do not compare
-    assert all(re.fullmatch("[0-9a-f]{40}", line["commit"]) for line in lines if line["run"])
+    assert len({line["per_caption"] for line in csv.DictReader(open(path))}) == 1  # else looks do not compare
     assert set(evidence_runs.table_in(path, "dfd")) <= set(page)
 
 
