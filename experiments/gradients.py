@@ -161,15 +161,15 @@ def mode_seeking(out):
 
 def guidance(out):
     """A prompt names the upper of three modes: students after training with guidance 1, 2 and 4."""
-    cond = {"weights": UPPER["weights"].expand(512, 3)}
+    teacher, cond, null_cond = THREE, {"weights": UPPER["weights"].expand(512, 3)}, ANY
     (figure, axes), ends = panels(3), {}
     for axis, scale in zip(axes, (1.0, 2.0, 4.0)):
         student = Mixture([[0.0, 0.6]], [0.5, 0.5])
         for step in range(400):
             torch.manual_seed(step)
-            dmd_step(student, THREE, (cond, ANY, scale), 0.01, 512)
+            dmd_step(student, teacher, (cond, null_cond, scale), 0.01, 512)
         x = student.draw(4000)
-        plane(axis, f"guidance {scale:g}", THREE, x[:300])
+        plane(axis, f"guidance {scale:g}", teacher, x[:300])
         ends[scale] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0))}
     save(figure, out / "guidance.png")
     return ends
