@@ -188,17 +188,17 @@ def flow_loss(v, x0, noise):
 def main(args):
     device = common.init_distributed()
     run = Run(__file__, args, device)
-    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
+    model = common.Model(args.teacher, *args.size, args.compute, args.student, args.negative_prompt)
     shape = model.latent_shape
     from_data, blocks = args.student_input == "data", args.discriminator_blocks if args.gan_weight else ()
     model.check(args.frame_block, blocks)
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
 
-    teacher = model.load_network("teacher", device, adapters=args.adapters)
-    student = model.load_network("student", device, args.frame_block, base=teacher)
-    fake_score = model.load_network("fake_score", device, base=teacher)
-    ema = model.load_network("ema", device, args.frame_block, base=teacher) if args.ema_decay else student
+    teacher, base = model.load_teacher(device, args.adapters)
+    student = model.load_network("student", device, args.frame_block, base=base)
+    fake_score = model.load_network("fake_score", device, base=base)
+    ema = model.load_network("ema", device, args.frame_block, base=base) if args.ema_decay else student
     if args.gan_weight:
         torch.manual_seed(args.seed)
         fake_score.heads = model.shard(Heads(fake_score.width, blocks).to(device), device)

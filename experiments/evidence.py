@@ -188,7 +188,8 @@ def main(args):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
-        students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
+        own = common.Model(run_args.teacher, *run_args.size, student=run_args.student)
+        students = students_of(own, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
         add(name, folder, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed))
         if args.long and (block := getattr(run_args, "frame_block", 0)):

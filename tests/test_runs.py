@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,13 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
     assert len(list(run.glob("previews/*/*.mp4"))) == 20
     assert (run / "previews" / "table.md").read_text() in capsys.readouterr().out + "\n"
     steps = {name: list(found) for name, found in logged(tmp_path, "").items()}
-    assert steps["loss/fake_score"] == steps["grad_norm/fake_score"] == steps["time/step"] == [0, 1, 2]
+    assert (
+        steps["loss/fake_score"]
+        == steps["grad_norm/fake_score"]
+        == steps["time/step"]
+        == steps["lr/student"]
+        == [0, 1, 2]
+    )
     assert steps["loss/student"] == steps["grad_norm/student"] == steps["loss/regression"] == [0, 2]
     assert steps["preview/diversity"] == [0, 2, 3] and steps["preview_teacher/right"] == [0]
     student = WanTransformer3DModel.from_pretrained(latest_checkpoint(run) / "student", subfolder="transformer")
@@ -180,6 +187,17 @@ def test_a_signal_stops_after_the_step_and_one_that_is_ignored_stays_so(tmp_path
         assert signal.signal(number, before) == handler
 
 
+def stopped_by(rank, folder):
+    common.init_distributed()
+    run = Run(dmd.__file__, small_args(runs_dir=folder), CPU)
+    run.signal = signal.SIGTERM * (dist.get_rank() == rank)
+    assert run.stop_signal() == signal.SIGTERM
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    on_ranks(2, stopped_by, 1, tmp_path)
+
+
 def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr(Run, "log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -187,11 +205,13 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
     run = only_run(tmp_path)
     train(runs_dir=tmp_path, steps=2, resume=run, batch_size=4)
     out = capsys.readouterr().out
+    assert "--anneal-lr" in out and list(logged(tmp_path, "lr/")["lr/student"].values())[-1] == pytest.approx(5e-4)
     assert "resuming with --steps 2, it was 1000" in out and "4 samples per update, there were 2" in out
     train(runs_dir=tmp_path, steps=2, resume=run, guidance_scale=9.0)  # finished, it stays what it was trained with
     assert "is finished" in capsys.readouterr().out
     assert checkpoints(tmp_path) == [1, 2]
     assert [load_run(path)[1].guidance_scale for path in (run, latest_checkpoint(run))] == [2.0, 2.0]
+    assert json.loads((run / "args.json").read_text())["guidance_scale"] == 2.0
 
 
 def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(tmp_path, monkeypatch, fails):
@@ -270,11 +290,13 @@ def test_latest_and_a_scripts_name_mean_the_newest_run(tmp_path, newest):
     assert find_init(tmp_path, "tiny", "dmd2") == found[newest].parents[1]
 
 
-def test_a_teacher_of_any_name(tmp_path):
+def test_a_teacher_of_any_name(tmp_path, monkeypatch):
     """No folder has in its name what scp, NTFS or Weights & Biases read otherwise; folders that have it are found."""
     teacher, runs = shutil.copytree(TEACHER, tmp_path / "a:b;c,d#e?'f"), tmp_path / "runs"
-    train(steps=1, teacher=teacher, runs_dir=runs)
+    monkeypatch.setitem(sys.modules, "wandb", wandb := mock.MagicMock())  # it is not installed
+    train(steps=1, teacher=teacher, runs_dir=runs, track=True)
     run = only_run(runs)
+    assert wandb.init.call_args.kwargs["id"] == run.name and not set(run.name) & set("/\\#?%:")  # what it refuses
     assert run.name.startswith("dmd__a-b-c-d-e--f__0__")
     run.rename(older := runs / f"dmd__{teacher.name}__0__1")
     assert find_checkpoint(runs, "dmd", str(teacher), 0, "latest").parents[1] == older
@@ -407,6 +429,12 @@ def test_a_program_ends_with_one_line(tmp_path, flag, value):
     words = ["--runs-dir", str(tmp_path), flag, value]
     code, out, err = run_program(ROOT / "dmd2.py", words, tmp_path, tmp_path / "said")
     assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and value in err
+
+
+def test_windows_is_told_before_it_lacks_anything(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="WSL"):
+        runpy.run_path(str(ROOT / "training" / "files.py"))
 
 
 def test_the_first_process_of_a_machine_to_fail_prints(tmp_path, monkeypatch):

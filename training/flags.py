@@ -56,6 +56,11 @@ class RunArgs:
     teacher: str = "tiny"
     """Whom to distill: a name (docs/teachers.md), or a local folder in the diffusers layout; FOLDER:i2v for the
     image-to-video of one that does both."""
+    student: str | None = None
+    """Whose weights student and fake score start with, a name or folder as for --teacher: a smaller model of the same
+    latents and text. Else the teacher's."""
+    negative_prompt: str | None = None
+    """Prompt of guidance's other half, in place of the teacher's own (docs/dialects.md)."""
     prompts: str | None = None
     """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
     images: str | None = None
@@ -87,6 +92,8 @@ class RunArgs:
     """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher; its size,
     and of a few-step student noise levels, guidance and frame block, hold here too unless given. A script's name (dmd2)
     means its newest finished run on this teacher; students of others: docs/import.md."""
+    init_strength: float = 1.0
+    """What a LoRA at --init is multiplied with, beside its alpha / rank: a file that asks for less says so."""
     resume: str | None = None
     """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
     save_every: PositiveInt = 50
@@ -138,6 +145,16 @@ class RunArgs:
         return bool(self.data) or name_of(self.teacher) in TINY_WORLD and not self.prompts
 
     @property
+    def size(self):
+        return self.frames, self.height, self.width
+
+    @property
+    def subject(self):
+        """What a run's folder is named by: the teacher, or who learns of it."""
+        names = [Path(name).resolve().name for name in (self.student, self.teacher) if name]
+        return "-of-".join(names) if self.student else self.teacher
+
+    @property
     def compute(self):
         """Flags that change time and memory, as common.Model takes them."""
         names = ("gradient_checkpointing", "compile", "attention", "shard_size")
@@ -160,7 +177,7 @@ def recipe_args(Args, **flags):
     that the teacher made cannot correct it, so where there are no others a discriminator must be asked for.
     """
     script = Path(sys.modules[Args.__module__].__file__).stem.partition("-")[0]  # a variant's file is dmd2-NAME.py
-    args = Args(**{**recipe(flags.get("teacher", Args.teacher), script), **flags})
+    args = Args(**{**recipe(flags.get("teacher", Args.teacher), script, flags.get("student")), **flags})
     off = "gan_weight" in vars(args).keys() - flags.keys() and not args.has_clips
     return replace(args, gan_weight=0.0) if off else args
 
@@ -170,7 +187,7 @@ def parse_args(Args):
     beats the defaults of Args. For --resume, the args of that run stand in for all of these.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("teacher", "seed", "runs-dir", "resume", "init", "data", "prompts"):
+    for name in ("teacher", "student", "seed", "runs-dir", "resume", "init", "data", "prompts"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     known, others = scan.parse_known_args()
     given = {name: value for name, value in vars(known).items() if value is not None}
@@ -179,16 +196,21 @@ def parse_args(Args):
             raise UserError(
                 f"did you mean {f'--teacher {word}' if word in PRESETS else word.replace(',', ' ').strip()}?"
             )
-    args = recipe_args(Args, **{name: given[name] for name in ("teacher", "data", "prompts") if name in given})
+    own = {name: given[name] for name in ("teacher", "student", "data", "prompts") if name in given}
+    args = recipe_args(Args, **own)
     place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)
     if "resume" in given:
         seed = given.get("seed", args.seed)
-        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.teacher, seed, given["resume"]).parents[1]
+        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.subject, seed, given["resume"]).parents[1]
         before = {key: value for key, value in flags_of(run).items() if key in vars(args)}
         args = replace(args, **{**before, "runs_dir": str(run.parent), "resume": None, "track": False})
     elif init not in (None, "None"):
         with suppress(UserError):  # of what is not there, which the run says
-            before = flags_of(Path(init) if Path(init).exists() else find_init(place, args.teacher, init))
+            before = flags_of(
+                Path(init)
+                if Path(init).exists()
+                else find_init(place, args.student or args.teacher, init, args.subject)
+            )
             args = replace(args, **{name: before[name] for name in handed_on(before, vars(args))})
     about = f"{sys.modules[Args.__module__].__doc__}\n{Args.__doc__} The values below are for --teacher {args.teacher}."
     # tyro joins lines that begin with a letter

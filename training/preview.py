@@ -29,7 +29,7 @@ class Preview:
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
 
     def decode(self, latents):
-        self.vae = (self.vae or self.model.load_vae(self.run.device)).to(self.run.device)
+        self.vae = (self.vae or self.model.load_vae(self.run.device, only_decodes=True)).to(self.run.device)
         videos = decode(self.vae, latents).cpu()
         self.vae.to("cpu")  # a step needs the GPU's memory
         return videos

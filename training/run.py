@@ -55,11 +55,11 @@ class Run:
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
         args = replace(args, resume=self.restarted(args) or args.resume)
         if args.init and not args.resume:
-            self.init = find_init(args.runs_dir, args.teacher, args.init)
+            self.init = find_init(args.runs_dir, args.student or args.teacher, args.init, args.subject)
             args = replace(args, init=str(self.init))
         self.args, lines = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str)), ()
         if args.resume:
-            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
+            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.subject, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
             self.step, self.world = record["step"], record["world_size"]
             lines = check_resumed(self.checkpoint.parents[1], self.step, self.args)
@@ -69,14 +69,14 @@ class Run:
             self.say(line)
         if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
             self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
-        self.folder = None  # until it is open
+        self.folder, self.subject = None, args.subject  # until it is open
         check_shared(Path(args.runs_dir))
         self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
 
     def restarted(self, args):
         """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
         self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
-        runs = runs_of(args.runs_dir, self.script.stem, args.teacher, args.seed)
+        runs = runs_of(args.runs_dir, self.script.stem, args.subject, args.seed)
         ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
         found = [max((str(run) for run in runs if ours(run) and latest_checkpoint(run)), default=None)]
         dist.broadcast_object_list(found)
@@ -89,6 +89,7 @@ class Run:
 
     def load(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint to resume, else networks from --init."""
+        self.optimizers = optimizers
         if self.checkpoint:
             load_state(self.checkpoint, networks, optimizers)
         elif self.init:
@@ -116,7 +117,7 @@ class Run:
 
     def open_folder(self):
         """The run's folder, made for a new run; None if another process trains in it."""
-        name = run_name(self.script.stem, self.args["teacher"], self.args["seed"])
+        name = run_name(self.script.stem, self.subject, self.args["seed"])
         folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
         while not self.folder:
             try:
@@ -143,6 +144,9 @@ class Run:
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
                 print(f"resuming with {flag(name)} {self.args[name]}, it was {before.get(name)}")
+        if self.args["anneal_lr"] and self.args["steps"] != before["steps"]:
+            now, was = (1 - self.step / steps for steps in (self.args["steps"], before["steps"]))
+            print(f"--anneal-lr: by the new --steps learning rates go on at {now:.3g} of their first, not {was:.3g}")
         old = before["batch_size"] * before["grad_accum"] * self.world
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
@@ -224,7 +228,8 @@ class Run:
             return
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss/")}, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-        self.scalars(step, values | {"time/step": time.perf_counter() - self.started})
+        rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.scalars(step, values | rates | {"time/step": time.perf_counter() - self.started})
 
     def scalars(self, step, values):
         """Write floats to TensorBoard on rank 0, as they are."""

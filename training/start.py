@@ -43,7 +43,7 @@ def check_resumed(run, step, flags):
         raise UserError(f"--resume: {run} is no run of {flags['script']}.py; to start from its weights, --init it")
     if step > flags["steps"]:
         raise UserError(f"--steps {flags['steps']} is over: {run} has {step} steps")
-    fixed = ["lora_rank", "fake_lora_rank"]  # what networks there are
+    fixed = ["student", "lora_rank", "fake_lora_rank"]  # what networks there are
     fixed += [name for name in ("ema_decay", "gan_weight") if not before.get(name)]
     fixed += ["steps", "phase_ends"] if "phase_ends" in before else []  # they say which expert is trained when
     for name in fixed:
