@@ -164,3 +164,10 @@ def test_a_run_starts_from_another_with_the_same_loras(tmp_path, fails):
     assert distance(*({k: v for k, v in side.items() if k.startswith("student.")} for side in sides)) < 1e-6
     for ranks in ({}, {"lora_rank": 2}, RANKS | {"lora_rank": 3}):
         fails(lambda ranks=ranks: dfd.main(small_args(dfd, **flags, **ranks)), flags["init"])
+
+
+@pytest.mark.parametrize(("decay", "more"), [(0.0, set()), (0.9, {"ema"})])
+def test_the_average_has_a_lora_where_there_is_one(decay, more):
+    assert (
+        small_args(phased_dmd, ema_decay=decay, **RANKS).adapters.keys() == {"student", "expert_0", "fake_score"} | more
+    )
