@@ -29,7 +29,7 @@ class WanExperts(Wan):
         needed = torch.stack([high.any(), ~high.all()]).int()
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
         read = torch.cat([needed, high.int()]).tolist()  # the only wait for the device
-        outputs, idle = [None] * len(sigma), 0
+        outputs, idle = [None] * len(sigma), [0] * (1 + len(blocks))
         for expert, run, side in zip(experts, read, (1, 0)):
             if not run:
                 continue
@@ -39,10 +39,10 @@ class WanExperts(Wan):
             v, features = expert(pick(x_t), pick(sigma), {key: pick(x) for key, x in cond.items()}, blocks)
             for i, *own in zip(rows, v, *features):
                 outputs[i] = own
-            if not rows:
-                idle = sum(0 * part.sum() for part in (v, *features))  # its backward must run here too
-        v, *features = (torch.stack(part) for part in zip(*outputs))
-        return v + idle, features
+            if not rows:  # the backward of each output must run here too
+                idle = [0 * part.sum() for part in (v, *features)]
+        v, *features = (torch.stack(part) + zero for part, zero in zip(zip(*outputs), idle))
+        return v, features
 
 
 class WanI2VExperts(WanExperts, WanI2V):

@@ -180,7 +180,7 @@ def test_every_teacher_on_the_hub_is_measured_without_its_files(monkeypatch, cap
 
 def test_the_command_line(monkeypatch, capsys, fails):
     for words, said in (
-        (["dmd2", "--teacher", "wan2.1-1.3b"], "24 GB does not fit, 48 GB fits, 80 GB fits"),
+        (["dmd2", "--teacher", "wan2.1-1.3b", "--gpus", "4"], "24 GB does not fit, 48 GB fits, 80 GB fits"),
         (["dmd2", "--teacher", "wan2.1-1.3b", "--gpus", "1"], "x 1 GPUs = 8"),
         (["dmd2", "--teacher", "wan2.1-1.3b", "--gan-weight", "0"], "13.424 GiB"),
         (["phased_dmd", "--measure", "2", "--batch-size", "1"], "TFLOP/s"),
