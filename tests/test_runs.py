@@ -130,13 +130,13 @@ def resident(function):
 
 
 def test_saving_and_previews_hold_little_in_memory(tmp_path):
-    """A checkpoint a part of one network, of seven that it holds; a preview two of its sixteen clips."""
-    network = torch.nn.ModuleList(torch.nn.Linear(700, 700, bias=False) for _ in range(16))
+    """A checkpoint a part of one network, of seven that it holds; a preview three of its sixteen clips."""
+    network = torch.nn.ModuleList(torch.nn.Linear(700, 700, bias=False) for _ in range(32))
     optimizer = torch.optim.AdamW(network.parameters())
     networks = {name: network for name in ("student", "fake_score", "ema")}
     optimizers = dict.fromkeys(("student", "fake_score"), optimizer)
     flat_state(networks, optimizers)  # makes the optimizer's state
-    assert resident(lambda: save_state(tmp_path / "state", networks, optimizers)) < 0.5 * 4 * 700**2 * 16
+    assert resident(lambda: save_state(tmp_path / "state", networks, optimizers)) < 0.5 * 4 * 700**2 * 32
     run, data = SimpleNamespace(device=CPU, folder=tmp_path), SimpleNamespace(prompts=[""] * 4, seed=0)
     data.cond_of, model = (lambda rows: None), SimpleNamespace(fps=8, world=False)
     preview, clip = (
@@ -146,7 +146,7 @@ def test_saving_and_previews_hold_little_in_memory(tmp_path):
     preview.decode, preview.score = lambda latents: (torch.rand(clip) for _ in latents), lambda _, found: None
     with mock.patch("training.media.write_video"):  # whose codec has a memory of its own
         preview.write(0, lambda rng, cond: rng.normal((1,)))
-        assert resident(lambda: preview.write(0, lambda rng, cond: rng.normal((1,)))) < 2.5 * 4 * math.prod(clip)
+        assert resident(lambda: preview.write(0, lambda rng, cond: rng.normal((1,)))) < 3 * 4 * math.prod(clip)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, fails):
