@@ -144,7 +144,7 @@ def test_saving_and_previews_hold_little_in_memory(tmp_path):
         (3, 33, 320, 320),
     )  # above what malloc keeps
     preview.decode, preview.score = lambda latents: (torch.rand(clip) for _ in latents), lambda _, found: None
-    with mock.patch("training.media.write_video"):  # whose codec has a memory of its own
+    with mock.patch("training.media.write_video", lambda *_: None):  # a codec has a memory of its own
         preview.write(0, lambda rng, cond: rng.normal((1,)))
         assert resident(lambda: preview.write(0, lambda rng, cond: rng.normal((1,)))) < 3 * 4 * math.prod(clip)
 
