@@ -58,10 +58,12 @@ WARM = 2  # steps before those that are measured: memory is first allocated, blo
 class Described(common.Model):
     """A teacher's model; of a named one on the Hub without its files."""
 
-    def __init__(self, teacher, frames, height, width, compute=None):
-        if teacher not in PRESETS or teacher in TINY_WORLD:
-            super().__init__(teacher, frames, height, width, compute)
-            return
+    def __init__(self, teacher, frames, height, width, student=None, compute=None):
+        read = teacher not in PRESETS or teacher in TINY_WORLD
+        (super().__init__ if read else self.describe)(teacher, frames, height, width, compute)
+        self.student = Described(student, frames, height, width, None, compute) if student else None
+
+    def describe(self, teacher, frames, height, width, compute):
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
@@ -81,7 +83,7 @@ described = cache(Described)
 
 def size_of(args):
     """What a Described is made of."""
-    return args.teacher, args.frames, args.height, args.width
+    return args.teacher, *args.size, args.student
 
 
 class Noise(common.Samples):
@@ -107,22 +109,22 @@ class Counting(nn.Module):
     """Stands in for a network. tally.work adds up what a sample takes, in forwards; tally.alive are forwards whose
     backward is to come, tally.graphs the most that were at once.
 
-    frames: of a whole sample; attention: its share of a forward; again: what a backward recomputes, of attention and of
-    the rest; weights: whether it has those of the layers' weights.
+    frames: of a whole sample; each: what a forward costs, in forwards of the teacher; attention: its share of that;
+    again: what a backward recomputes, of attention and of the rest; weights: whether it has those of the weights.
     """
 
     width, blocks, before = 1, (), 0
 
-    def __init__(self, tally, frames, frame_block, trained, attention, again, weights):
+    def __init__(self, tally, frames, frame_block, trained, each, attention, again, weights):
         super().__init__()
-        self.tally, self.frames, self.frame_block = tally, frames, frame_block
+        self.tally, self.frames, self.frame_block, self.each = tally, frames, frame_block, each
         self.attention, self.again, self.weights = attention, again, weights
         self.weight = nn.Parameter(torch.ones(1), requires_grad=trained)
 
     def forward(self, x_t, sigma, cond, blocks=()):
         part = len(x_t) / BATCH * x_t.shape[2] / self.frames  # a causal student's block is one
-        others = (1 - self.attention) * part
-        attention = self.attention * part * (self.before + x_t.shape[2]) / self.frames  # to itself and those before it
+        reach = (self.before + x_t.shape[2]) / self.frames  # it attends to itself and those before it
+        others, attention = (share * part * self.each for share in (1 - self.attention, self.attention * reach))
         self.tally.work += others + attention
         weight = 1 * self.weight
         v = weight * x_t
@@ -179,21 +181,23 @@ def random_weights(network, folder, part="transformer"):
         parameter.normal_(0, 0.02)
 
 
-def counted(script, args, steps, attention=0.0):
-    """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards, of which
-    attention is that share; graphs, the most that wait for their backward; roles of the networks; whether samples of
-    the teacher come first.
+def counted(script, args, steps, attention=None):
+    """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards of the
+    teacher, of which attention may be given its share; graphs, the most that wait for their backward; roles of the
+    networks; whether samples of the teacher come first.
     """
-    model = copy.copy(described(*size_of(args)))
-    blocks, frames, roles = model.config["num_layers"], model.latent_shape[1], []
+    whole = described(*size_of(args))
+    own, model = whole.student or whole, copy.copy(whole)
+    blocks, frames, roles = own.config["num_layers"], model.latent_shape[1], []
     model.latent_shape, model.text_length, model.text_dim, model.conditions = (1, frames, 1, 1), 1, 1, {}
     tally, works = SimpleNamespace(work=0, alive=0, graphs=0), [0]
 
     def load_network(role, device, frame_block=0, **_):
         roles.append(role)
-        again = recomputed(args, blocks) / blocks
-        again, weights = (again * (not args.keep_attention), again), role not in args.adapters
-        return Counting(tally, frames, frame_block, role in TRAINED, attention, again, weights)
+        mine, again = whole if role == "teacher" else own, recomputed(args, blocks) / blocks
+        each, again = one_forward(mine)[1] / one_forward(whole)[1], (again * (not args.keep_attention), again)
+        share = one_forward(mine)[2] if attention is None else attention
+        return Counting(tally, frames, frame_block, role in TRAINED, each, share, again, role not in args.adapters)
 
     model.load_network, model.reset, model.shard = load_network, lambda network: network, lambda network, _: network
     args = replace(args, batch_size=BATCH, grad_accum=1)
@@ -253,29 +257,32 @@ def figures(script, args, gpus):
     phases = len(getattr(args, "phase_ends", (0,)))
     cycle = 2 * args.student_every * phases
     model = described(*size_of(args))
-    network, flops, attention, _ = one_forward(model)
-    counts = counted(script, replace(args, steps=cycle), cycle, attention)
-    parameters, experts = sum(p.numel() for p in network.parameters()), len(model.family.parts) > 1
-    layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
+    counts, own = counted(script, replace(args, steps=cycle), cycle), model.student or model
+    (network, *_), (scores, flops, *_) = one_forward(own), one_forward(model)
+    parameters, frozen = (sum(p.numel() for p in net.parameters()) for net in (network, scores))
+    layers = [m for name, m in network.named_modules() if name.endswith(tuple(own.family.lora_layers))]
     a_rank = sum(layer.in_features + layer.out_features for layer in layers)
     sizes = {role: args.adapters[role][0] * a_rank if role in args.adapters else parameters for role in counts.roles}
-    trained, held = sum(sizes[role] for role in TRAINED), sum(sizes.values()) - sizes["teacher"]
+    base = sizes.pop("base", 0)
+    del sizes["teacher"]
+    trained, held = sum(sizes[role] for role in TRAINED), sum(sizes.values())
 
-    # memory: the teacher, which is the base of the LoRAs, is bf16, all others are float32
+    # memory: the teacher and the base of the LoRAs, often the same, are bf16, all others are float32
     shards, blocks = args.shard_size or gpus, len(network.blocks)
     tokens, again = math.prod(model.latent_shape[1:]) // math.prod(model.patch), recomputed(args, blocks)
-    kept = lambda *how: one_forward(model, *how)[-1]
+    kept = lambda *how: one_forward(own, *how)[-1]
     # of two experts both, where a step's noise levels need both; a discriminator's head keeps three of its features
-    graph = kept(None, args.gradient_checkpointing) * len(model.family.parts)
+    graph = kept(None, args.gradient_checkpointing) * len(own.family.parts)
     graph += args.keep_attention * again * 2 * tokens * network.width
     graph += getattr(args, "gan_weight", 0) > 0 and 3 * len(args.discriminator_blocks) * 2 * tokens * network.width
     one_block = (kept(2) - kept(1)) * (again > 0)  # is recomputed at a time
-    block = sum(p.numel() for p in network.blocks[0].parameters())
+    # two blocks are unsharded, and what is in none
+    block, other = (sum(p.numel() for p in net.blocks[0].parameters()) for net in (network, scores))
     memory = {
-        "weights": (2 * parameters + 4 * held) / shards,
+        "weights": (2 * (frozen + base) + 4 * held) / shards,
         "gradients": 4 * max(sizes[role] for role in TRAINED) / shards,
         "optimizer": 8 * trained / shards,
-        "unsharded weights": 2 * (parameters - (blocks - 2) * block),  # two blocks, and what is in none
+        "unsharded weights": 2 * max(parameters - (blocks - 2) * block, frozen - (len(scores.blocks) - 2) * other),
         "activations": args.batch_size * (counts.graphs * graph + one_block),
     }
     if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
@@ -288,10 +295,10 @@ def figures(script, args, gpus):
     step = samples * flops * mean(counts.each)
     first = 2 * args.num_samples * getattr(args, "pair_steps", args.teacher_steps) * counts.samples_first
     return SimpleNamespace(
-        model=model, parameters=parameters, trained=trained, tokens=tokens, flops=flops,
+        model=model, parameters=frozen, trained=trained, tokens=tokens, flops=flops,
         memory=memory, total=sum(memory.values()),
         # networks and optimizers to go on from, and the student whole, one per phase or one of two experts
-        disk=4 * held + 8 * trained + 4 * parameters * (1 if experts else phases),
+        disk=4 * held + 8 * trained + 4 * parameters * (1 if len(own.family.parts) > 1 else phases),
         samples=samples, step=step, seconds=3600 * step / rate,
         hours={"teacher samples": first * flops / rate, f"all {args.steps:,} steps": args.steps * step / rate},
     )  # fmt: skip
@@ -325,8 +332,7 @@ def measure(script, args, steps):
     # so many steps that all that run are of the first phase
     total = 2 * (WARM + steps + 2) * len(getattr(args, "phase_ends", (0,)))
     args = replace(args, student_every=2, steps=total)
-    _, forward, attention, _ = one_forward(described(*size_of(args)))
-    counts = counted(script, args, WARM + steps, attention)
+    counts = counted(script, args, WARM + steps)
     cuda = torch.cuda if device.type == "cuda" else None
     profiler, spent = torch.profiler.profile(), dict.fromkeys(("attention", "matmul", "the rest"), 0)
 
@@ -345,7 +351,7 @@ def measure(script, args, steps):
     name = cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"device              {name}, torch {torch.__version__}")
     print(f"peak memory         {peak / GIB:.2f} GiB{'' if cuda else ' of the whole process'}")
-    forward *= args.batch_size * args.grad_accum
+    forward = args.batch_size * args.grad_accum * one_forward(described(*size_of(args)))[1]
     for name, first in (("fake score alone", WARM + 1), ("student and that", WARM)):
         numbers = range(first, WARM + steps, 2)
         seconds = mean(ends[i] - ends[i - 1] for i in numbers)

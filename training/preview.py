@@ -6,6 +6,7 @@ from statistics import fmean
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import common
 from models.latents import decode
@@ -29,7 +30,7 @@ class Preview:
 
     def decode(self, latents):
         """Clips [3, f, h, w] on the CPU of latents [b, c, f, h, w], one after the other."""
-        self.vae = (self.vae or self.model.load_vae(self.run.device)).to(self.run.device)
+        self.vae = (self.vae or self.model.load_vae(self.run.device, only_decodes=True)).to(self.run.device)
         for x0 in latents.split(1):
             yield decode(self.vae, x0)[0].cpu()
         self.vae.to("cpu")  # a step needs the GPU's memory, in whole pieces
@@ -40,7 +41,9 @@ class Preview:
         latents [b, c, f, h, w]. A rank holds one clip at a time and sends what `look` keeps of it.
         """
         found = {}
-        for first in range(0, len(self.mine), self.batch_size):
+        for first in tqdm(
+            range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=dist.get_rank() > 0
+        ):
             numbers = self.mine[first : first + self.batch_size]
             cond = self.data.cond_of([number // self.seeds for number in numbers])
             with torch.no_grad():
