@@ -44,7 +44,7 @@ def test_a_mistake_is_one_line(tmp_path, words):
 @pytest.mark.slow
 def test_gpu_check_rehearsed_on_the_cpu(tmp_path):
     """Every row is there, also after one that failed."""
-    own = {"OUT": str(tmp_path), "TEACHER": "tiny", "ATTENTION": "sage", "STEPS": "2"}
+    own = {"OUT": str(tmp_path), "TEACHER": "tiny", "ATTENTION": "sage", "STEPS": "2", "SLOW": "9"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "tools/gpu_check.sh"], cwd=ROOT, env={**os.environ, "PATH": path, **own}, check=True)
     lines = (tmp_path / "table.md").read_text().splitlines()
