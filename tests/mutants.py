@@ -138,9 +138,9 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         'student.sampler == "renoise"}': "True}", 'role = f"expert_{number}"': "pass",
     }),
     ("tools/cost.py", "tests/test_cost.py", {
-        "8 * trained / shards": "4 * trained / shards", "again = recomputed(args, blocks) / blocks": "again = 0",
+        "8 * trained / shards": "4 * trained / shards", "own, recomputed(args, blocks) / blocks": "own, 0",
         "(counts.graphs * graph + one_block)": "(graph + one_block)", "(2.5 + self": "(2 + self",
-        "(self.before + x_t.shape[2]) / self.frames": "1",
+        "reach = (self.before + x_t.shape[2]) / self.frames": "reach = 1",
     }),
     ("tools/sample.py", "tests/test_sample.py", {"cond_of([p for p, _": "cond_of([0 for p, _"}),
     ("tools/make_pairs.py", "tests/test_tools.py", {"args = replace(args, teacher_steps=args.pair_steps)": "pass"}),
