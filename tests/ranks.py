@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks"])
 
 
-def on_ranks(world, function, *args, limit=300):
+def on_ranks(world, function, *args, limit=1200):
     """Call a module's function in that many processes of one group; fails with what broke, or where they hang."""
     # as torchrun does: the store is here, at a port that is free, and of no rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -48,7 +48,7 @@ def on_ranks(world, function, *args, limit=300):
     assert ends == [0] * world, "\n".join(lines)
 
 
-def start(function, *args, said, limit=300, env=None):
+def start(function, *args, said, limit=1200, env=None):
     """A process that calls a module's function. What breaks in it, or where it hangs, is in the file `said`."""
     process = CONTEXT.Process(target=one_process, args=(function, args, said, limit, env or {}))
     process.start()
@@ -84,7 +84,7 @@ def run_program(path, words, folder, out):
 def one_program(path, words, folder, out):
     for number, end in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(out.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(1200, exit=True)
     os.chdir(folder)
     sys.argv = [str(path), *words]
     runpy.run_path(str(path), run_name="__main__")

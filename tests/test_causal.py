@@ -199,7 +199,7 @@ def test_two_ranks_are_one(tmp_path):
     for script, more in scripts.items():
         script.main(small_args(script, runs_dir=tmp_path / "one", batch_size=2, **flags, **more))
         runs.append((script.__name__, small_args(script, runs_dir=tmp_path / "two", batch_size=1, **flags, **more)))
-    on_ranks(2, train_all, runs, folders={args.runs_dir for _, args in runs})
+    on_ranks(2, train_all, runs)
     start = load_file(common.teacher_folder("tiny") / "transformer" / "diffusion_pytorch_model.safetensors")
     for script in scripts:
         one, other = (student_weights(tmp_path / world, 3, script) for world in ("one", "two"))

@@ -203,7 +203,7 @@ def test_every_prompt_and_seed_is_there_once(whole):
 @pytest.mark.slow
 def test_two_ranks_make_and_measure_what_one_does(whole, run, tmp_path):
     """7 chunks: one of the ranks has one less."""
-    on_ranks(2, eval_vbench.main, args(run, tmp_path / "two", "all"), folders=[tmp_path / "two"])
+    on_ranks(2, eval_vbench.main, args(run, tmp_path / "two", "all"))
     assert contents(tmp_path / "two") == contents(whole)
     ours = [json.loads((out / "results.json").read_text())["ours"] for out in (tmp_path / "two", whole)]
     assert ours[0] == ours[1]

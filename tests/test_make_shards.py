@@ -154,7 +154,7 @@ def test_two_processes_make_what_one_makes(clips, tmp_path):
     folder, _, _ = clips
     (folder / "1.mp4").write_bytes(b"no video")
     make_shards.main(args(folder, tmp_path / "one", shard=1))
-    on_ranks(2, make_shards.main, args(folder, tmp_path / "two", shard=1), folders=[])
+    on_ranks(2, make_shards.main, args(folder, tmp_path / "two", shard=1))
     assert files(tmp_path / "two") == files(tmp_path / "one") and len(files(tmp_path / "one")) == 2
     assert skipped(tmp_path / "two") == skipped(tmp_path / "one")
 

@@ -224,7 +224,7 @@ def test_two_ranks_train_as_one(folders, tmp_path):
             runs.append((script.__name__, args_of(script, name, folders, tmp_path / name / "2", batch_size=1, **plain)))
             with adam_eps(EPS):
                 script.main(args_of(script, name, folders, tmp_path / name / "1", batch_size=2, **plain))
-    on_ranks(2, train_all, runs, EPS, folders={args.runs_dir for _, args in runs})
+    on_ranks(2, train_all, runs, EPS)
     for script, args in runs:
         place, start = Path(args.runs_dir).parent, teacher_folder(args.teacher)
         one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in "12")
