@@ -23,8 +23,8 @@ MAY_IMPORT = {
 }
 BARS = {  # of each room: lines and tokens at most
     "scripts": (1500, 12500), "common": (380, 2900), "models": (1000, 7500), "training": (1370, 10400),
-    "tiny": (760, 6800), "tools": (1400, 10500), "experiments": (820, 7600), "evaluation": (600, 5000),
-    "docs": (200, 1700), "tests": (6000, 62000),
+    "tiny": (760, 6800), "tools": (1400, 10500), "experiments": (1040, 9700), "evaluation": (600, 5000),
+    "docs": (200, 1700), "tests": (6060, 63000),
 }  # fmt: skip
 LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 380, "training": 270, "tests": 650}
 REACHED = 1800  # issue 34 asked for 1,700
