@@ -29,12 +29,13 @@ def trained(name, file, ranks=1):
     base = name.partition("-")[0]
     if base == "dfd":
         trained("dmd2", ["dmd2.py"])  # its start
-    if not list(OUT.glob(f"{name}__*/checkpoints/step_*")):
+    last = f"{name}__*/checkpoints/step_{int(FLAGS.split()[1]):07d}"
+    if not list(OUT.glob(last)):
         words = ["--runs-dir", str(OUT), "--batch-size", str(8 // ranks), *FLAGS.split(), *MORE.get(base, "").split()]
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         if subprocess.call([sys.executable, *torchrun, *file, *words], cwd=variant.ROOT):
             sys.exit(f"{name} has not reached its end: there is no curve, but there is a message above")
-    return curves.logged(max(OUT.glob(f"{name}__*/checkpoints/step_*")).parents[1])
+    return curves.logged(max(OUT.glob(last)).parents[1])
 
 
 def both(bug):
