@@ -3,26 +3,35 @@
 # make site   the docs as a static site in site/, to be opened without a network
 # make vbench-env   .venv-vbench with VBench 0.1.5 and its own pins, for eval_vbench.py
 # The first two make .venv first, with the pinned packages of requirements.txt. PYTHON names another Python 3.11 or newer.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.13; do $$p -c "" 2> /dev/null && echo $$p; done; true))
 BIN = .venv/bin
 export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test test-all format site vbench-env
 
 .venv/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 is here; make PYTHON=... names one"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.txt
+	@echo "installing PyTorch, diffusers and what they need into .venv, once: minutes, 1.8 GB, with CUDA 5.2 GB"
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile --requirement requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@echo "compiling them, half a minute"
 	@# byte-compile on all cores, where pip would use one; a few packages ship files that are no valid Python
 	-@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python dmd2.py --steps 200 --gan-weight 0 --ema-decay 0 --runs-dir runs/demo --preview-every 0
+	@echo "1/3 DMD2, 200 steps, 3 minutes; the first picture, in one: runs/demo/dmd2__tiny__*/previews/teacher.png"
+	$(BIN)/python dmd2.py --steps 200 --gan-weight 0 --ema-decay 0 --runs-dir runs/demo \
+		--preview-every 200 --preview-prompts 2 --teacher-steps 25
+	@echo "2/3 DFD, 50 steps, a minute"
 	$(BIN)/python dfd.py --runs-dir runs/demo --preview-every 0
+	@echo "3/3 clips of all, a minute"
 	$(BIN)/python experiments/evidence.py "$$(ls -td runs/demo/dmd2__tiny__* | head -1)" \
 		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --names DMD2 "+ DFD" \
-		--seeds 12 --repeats 1 --teacher-steps 25 --transpose --out runs/demo
+		--seeds 12 --repeats 1 --teacher-steps 25 --transpose --out runs/demo \
+		--figures right looks diversity saturation_mean brightness_mean distance
+	@echo "next: source .venv/bin/activate; python dmd2.py --help; README.md"
 
 test: .venv/installed
 	$(BIN)/ruff format --check .

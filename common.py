@@ -72,10 +72,11 @@ def local_device():
 
 class Model:
     """What is known of a teacher's model beside its weights: family, folder, configs, latent shape. teacher: a name in
-    presets.py, or a folder; frames, height and width are the video's, in pixels; compute: RunArgs.compute.
+    presets.py, or a folder; frames, height and width are the video's, in pixels; compute: RunArgs.compute. student: a
+    name or folder whose weights all networks but the teacher begin with, a Model in .student; None: the teacher's.
     """
 
-    def __init__(self, teacher, frames, height, width, compute=None):
+    def __init__(self, teacher, frames, height, width, compute=None, student=None, negative_prompt=None):
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size = teacher, teacher_folder(teacher), (frames, height, width)
@@ -89,43 +90,55 @@ class Model:
             self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = name_of(teacher) in TINY_WORLD
         self.fps = TINY_FPS if self.world else self.family.fps
-        self.negative_prompt = "" if self.world else self.family.negative_prompt
+        own_prompt = "" if self.world else self.family.negative_prompt
+        self.negative_prompt = own_prompt if negative_prompt is None else negative_prompt
+        self.student = type(self)(student, *self.size, compute) if student else None
+        if student:
+            import_module("models.students").check(self, self.student)
 
     def network_class(self, frame_block=0):
         """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
         return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
 
     def check(self, frame_block, blocks):
-        """A causal student of that many frames, and a discriminator of these blocks, can be made of this teacher."""
-        self.network_class(frame_block)
-        if not set(blocks) <= set(range(self.config["num_layers"])):
-            raise UserError(
-                f"--discriminator-blocks: this teacher has {self.config['num_layers']} blocks, got {blocks}"
-            )
+        """A causal student of that many frames, and a discriminator of these blocks, can be made of these weights."""
+        own = self.student or self
+        own.network_class(frame_block)
+        if not set(blocks) <= set(range(own.config["num_layers"])):
+            raise UserError(f"--discriminator-blocks: {own.name} has {own.config['num_layers']} blocks, got {blocks}")
+
+    def load_teacher(self, device, adapters):
+        """The teacher, and what LoRAs are put on: the teacher too, or another network of the student's weights."""
+        if not self.student:
+            return [self.load_network("teacher", device, adapters=adapters)] * 2
+        base = self.load_network("base", device, adapters=adapters) if adapters else None
+        return self.load_network("teacher", device), base
 
     def load_network(self, role, device, frame_block=0, dtype=None, base=None, adapters=None):
-        """A network with the teacher's weights, sharded over all ranks.
+        """A network with the teacher's weights, or the student's where it has its own, sharded over all ranks.
 
-        role: "teacher" is frozen, bf16 on a GPU. "student" and "fake_score" are trained and keep float32 master
-        weights; all others ("ema", "expert_0", …) are frozen, float32; dtype says otherwise. Compute is bf16 on a GPU,
-        with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2 fixes its
+        role: "teacher" and "base" are frozen, bf16 on a GPU. "student" and "fake_score" are trained and keep float32
+        master weights; all others ("ema", "expert_0", …) are frozen, float32; dtype says otherwise. Compute is bf16 on
+        a GPU, with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2 fixes its
         reduction dtype at the first forward.
         adapters: LoRAs to put on it, {role: (rank, alpha)}, none of them on. A network of such a role that is loaded
         with this one as its base is this one with that LoRA on. frame_block: see network_class.
         """
         from models.compute import prepare
 
+        if self.student and role != "teacher":
+            return self.student.load_network(role, device, frame_block, dtype, base, adapters)
         if role in getattr(base, "adapters", ()):
             network = Adapted(base, role, trained=role in TRAINED)
             self.reset(network)
             return network
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" and role == "teacher" else torch.float32)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" and role in ("teacher", "base") else torch.float32)
         with readable(f"the configs in {self.folder}"), init_empty_weights(include_buffers=False):
             transformers = [self.family.transformer_class.from_config(self.config) for _ in self.family.parts]
             for transformer in transformers:
                 add_adapters(transformer, self.family.lora_layers, adapters or {})
         network = self.network_class(frame_block)(*transformers, index=self.index)
-        network.frame_block, network.adapters = frame_block, tuple(adapters or ())
+        network.frame_block, network.adapters, network.folder = frame_block, tuple(adapters or ()), self.folder
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         for name, parameter in network.named_parameters():
@@ -161,15 +174,16 @@ class Model:
         return fully_shard(network, mesh=mesh, mp_policy=policy)
 
     def reset(self, network):
-        """Give a network of `load_network` the teacher's weights (again); heads on it stay as they are."""
+        """Give a network of `load_network` the weights of its folder (again); heads on it stay as they are."""
         if isinstance(network, Adapted):
             reshard(network)
             return network.start()
-        for part in self.family.parts:
-            put_weights(network, self.folder / part, part)
+        for part in network.parts:
+            put_weights(network, network.folder / part, part)
 
-    def load_vae(self, device):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def load_vae(self, device, only_decodes=False):
+        """The VAE, frozen: float32, as what it encodes is trained on, or bf16 on a GPU if it only decodes."""
+        dtype = torch.bfloat16 if device.type == "cuda" and only_decodes else torch.float32
         with readable(self.folder / "vae"):
             vae = self.family.vae_class.from_pretrained(self.folder / "vae", dtype=dtype)
         return vae.to(device).requires_grad_(False)
@@ -320,13 +334,15 @@ class Shards(Samples):
                 shape = shapes.get(f"{i}.{key}")
                 own = {"text": (shape[0] if shape else "tokens", model.text_dim), **self.conditions}
                 if shape != (wanted := own.get(key, model.latent_shape)):
-                    raise UserError(f"shard {path}: {i}.{key} is {shape or 'missing'}, this teacher needs {wanted}")
+                    raise UserError(
+                        f"shard {path} is of another teacher: {i}.{key} is {shape or 'missing'}, not {wanted}"
+                    )
             if settings and made_with and made_with != list(settings):
                 raise UserError(f"{path} has guidance, shift, steps {made_with}, this run {list(settings)}")
             self.prompts += prompts
             self.rows += [(path, i) for i in range(len(prompts))]
         if not self.rows:
-            raise UserError(f"no samples in {folder}: it must be a folder with *.safetensors shards")
+            raise UserError(f"no *.safetensors shards in {folder}: tools/make_shards.py makes them of videos")
 
     def __len__(self):
         return len(self.rows)

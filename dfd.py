@@ -58,7 +58,7 @@ class Args(RunArgs):
     student_input: Literal["simulate", "data"] = "data"  # FastGen
     """Training inputs below noise level 1: the student's own earlier steps, or clips with noise."""
     gan_weight: NonNegativeFloat = 0.0  # the paper has none
-    """Weight of the student's GAN loss. 0 builds no discriminator."""
+    """Weight of the student's GAN loss. 0, also the default without clips of --data, builds no discriminator."""
     discriminator_weight: NonNegativeFloat = 1e-2  # DMD2
     """Weight of the discriminator's loss beside the fake score's."""
     discriminator_blocks: tuple[int, ...] = (15, 22, 29)  # FastGen
@@ -188,17 +188,17 @@ def flow_loss(v, x0, noise):
 def main(args):
     device = common.init_distributed()
     run = Run(__file__, args, device)
-    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
+    model = common.Model(args.teacher, *args.size, args.compute, args.student, args.negative_prompt)
     shape = model.latent_shape
     from_data, blocks = args.student_input == "data", args.discriminator_blocks if args.gan_weight else ()
     model.check(args.frame_block, blocks)
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
 
-    teacher = model.load_network("teacher", device, adapters=args.adapters)
-    student = model.load_network("student", device, args.frame_block, base=teacher)
-    fake_score = model.load_network("fake_score", device, base=teacher)
-    ema = model.load_network("ema", device, args.frame_block, base=teacher) if args.ema_decay else student
+    teacher, base = model.load_teacher(device, args.adapters)
+    student = model.load_network("student", device, args.frame_block, base=base)
+    fake_score = model.load_network("fake_score", device, base=base)
+    ema = model.load_network("ema", device, args.frame_block, base=base) if args.ema_decay else student
     if args.gan_weight:
         torch.manual_seed(args.seed)
         fake_score.heads = model.shard(Heads(fake_score.width, blocks).to(device), device)
@@ -287,7 +287,7 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

@@ -150,15 +150,15 @@ def flow_loss(v, x0, noise):
 def main(args):
     device = common.init_distributed()
     run = Run(__file__, args, device)
-    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
+    model = common.Model(args.teacher, *args.size, args.compute, args.student, args.negative_prompt)
     shape = model.latent_shape
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
 
-    teacher = model.load_network("teacher", device, adapters=args.adapters)
-    student = model.load_network("student", device, base=teacher)
-    fake_score = model.load_network("fake_score", device, base=teacher)
-    ema = model.load_network("ema", device, base=teacher) if args.ema_decay else student
+    teacher, base = model.load_teacher(device, args.adapters)
+    student = model.load_network("student", device, base=base)
+    fake_score = model.load_network("fake_score", device, base=base)
+    ema = model.load_network("ema", device, base=base) if args.ema_decay else student
     adamw = {"betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
     student_optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
@@ -234,7 +234,7 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

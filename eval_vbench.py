@@ -145,7 +145,9 @@ def generate(args, device):
     run_args = replace(run_args, **{name: value for name, value in own.items() if value is not None})
     if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
         raise UserError("--kept-frames is for a causal student, a run with --frame-block")
-    model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
+    model = common.Model(
+        run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
+    )
     entries, fed = read_entries(args, run_args.teacher)
     if bool(args.images) != bool(model.conditions):
         raise UserError(f"{model.name} {'begins with' if model.conditions else 'takes no'} images: see --images")
@@ -178,7 +180,7 @@ def generate(args, device):
         sample = student_sampler(model, device, script, run_args, checkpoint, raw, args.kept_frames)
     else:
         sample = teacher_sampler(model, device, run_args, args.cache, dmd2.sample_teacher)
-    vae = model.load_vae(device)
+    vae = model.load_vae(device, only_decodes=True)
     for turn in tqdm(range(math.ceil(len(missing) / world)), desc="generate", disable=rank > 0):
         # sharded networks run in step on all ranks: who has nothing left makes a chunk again
         item, chunk = missing[(turn * world + rank) % len(missing)]

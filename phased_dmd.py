@@ -62,7 +62,7 @@ class Args(RunArgs):
     student_input: Literal["simulate", "data"] = "simulate"  # DMD2, sec. 4.5
     """Training inputs below noise level 1: the student's own earlier steps, or clips with noise."""
     gan_weight: NonNegativeFloat = 0.0  # the paper has none
-    """Weight of the student's GAN loss. 0 builds no discriminator."""
+    """Weight of the student's GAN loss. 0, also the default without clips of --data, builds no discriminator."""
     discriminator_weight: NonNegativeFloat = 1e-2  # DMD2
     """Weight of the discriminator's loss beside the fake score's."""
     discriminator_blocks: tuple[int, ...] = (15, 22, 29)  # FastGen
@@ -226,7 +226,7 @@ def flow_loss(v, x_s, noise, sigma, s):
 def main(args):
     device = common.init_distributed()
     run = Run(__file__, args, device)
-    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
+    model = common.Model(args.teacher, *args.size, args.compute, args.student, args.negative_prompt)
     shape = model.latent_shape
     from_data, blocks = args.student_input == "data", args.discriminator_blocks if args.gan_weight else ()
     model.check(0, blocks)
@@ -234,10 +234,10 @@ def main(args):
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
     null_cond = common.encode_text(model, [model.negative_prompt], run.cache, device).cond_of([0])
 
-    teacher = model.load_network("teacher", device, adapters=args.adapters)
-    student = model.load_network("student", device, base=teacher)
-    fake_score = model.load_network("fake_score", device, base=teacher)
-    ema = model.load_network("ema", device, base=teacher) if args.ema_decay else student
+    teacher, base = model.load_teacher(device, args.adapters)
+    student = model.load_network("student", device, base=base)
+    fake_score = model.load_network("fake_score", device, base=base)
+    ema = model.load_network("ema", device, base=base) if args.ema_decay else student
     if args.gan_weight:
         torch.manual_seed(args.seed)
         fake_score.heads = model.shard(Heads(fake_score.width, blocks).to(device), device)
@@ -247,7 +247,7 @@ def main(args):
     networks = {"student": student, "fake_score": fake_score} | ({"ema": ema} if args.ema_decay else {})
     optimizers = {"student": student_optimizer, "fake_score": fake_score_optimizer}
     finished = phase_of(max(run.step - 1, 0), args)[0]  # phases, in the checkpoint to resume from
-    experts = [model.load_network(f"expert_{i}", device, base=teacher) for i in range(finished)]
+    experts = [model.load_network(f"expert_{i}", device, base=base) for i in range(finished)]
     networks |= {f"expert_{i}": expert for i, expert in enumerate(experts)}
 
     if (args.gan_weight or from_data) and not data.has_clips:
@@ -273,7 +273,7 @@ def main(args):
         # next phase: freeze the expert; student and fake score begin at the teacher again
         phase, end, own_sigmas = phase_of(step, args)
         if phase > len(experts):
-            experts.append(model.load_network(f"expert_{phase - 1}", device, base=teacher))
+            experts.append(model.load_network(f"expert_{phase - 1}", device, base=base))
             common.ema_update(experts[-1], ema, decay=0)
             networks[f"expert_{phase - 1}"] = experts[-1]
             for network in (student, fake_score, ema):
@@ -343,7 +343,7 @@ def main(args):
         fake_score_optimizer.step()
         fake_score_optimizer.zero_grad()
 
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

@@ -59,18 +59,21 @@ def draw(path, title, runs, beside=()):
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
     for axis, (tag, label) in zip(axes.flat, FIGURES.items()):
         steps, lines = runs[0][tag][0], np.stack([smooth(tag, run[tag][1]) for run in runs])
-        axis.fill_between(steps, lines.min(0), lines.max(0), color="#0050a0", alpha=0.25, linewidth=0)
-        axis.plot(steps, lines.mean(0), color="#0050a0", linewidth=1.2)
+        band = "healthy, lowest to highest seed"
+        axis.fill_between(steps, lines.min(0), lines.max(0), color="#0050a0", alpha=0.25, linewidth=0, label=band)
+        axis.plot(steps, lines.mean(0), color="#0050a0", linewidth=1.2, label="their mean")
         for name, dash in (("teacher", "--"), ("data", ":")):
             if (fixed := tag.replace("preview/", f"preview_{name}/")) != tag:
-                axis.axhline(runs[0][fixed][1][-1], color="#888888", linestyle=dash, linewidth=0.9)
+                axis.axhline(runs[0][fixed][1][-1], color="#888888", linestyle=dash, linewidth=0.9, label=name)
         for run in beside:
-            axis.plot(run[tag][0], smooth(tag, run[tag][1]), color="#c1272d", linewidth=1.2)
-        axis.set_title(label, fontsize=9)
+            axis.plot(run[tag][0], smooth(tag, run[tag][1]), color="#c1272d", linewidth=1.2, label="this run")
+        axis.set_title(label, fontsize=13)
+        axis.set_xlabel("step")
         if tag.startswith(("loss", "grad")):
             axis.set_yscale("log")
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-2))  # at guidance 1 the first gradient is rounding
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=13)
+    figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=75)
     plt.close(figure)
 
@@ -92,10 +95,9 @@ def main(runs_dir: Path = Path("runs/evidence"), out: Path = ROOT / "docs" / "cu
             sys.exit(f"error: {name} is not trained: python experiments/evidence_runs.py --help")
         print(f"| {name} |", " | ".join(f"{np.mean([last(run, tag) for run in own]):.3g}" for tag in FIGURES), "|")
         if broken:
-            draw(out / f"{name}.png", f"red: {broken[0]}; blue: healthy {broken[1]}.py", runs[broken[1]], own)
+            draw(out / f"{name}.png", f"{broken[0]}, beside a healthy {broken[1]}.py", runs[broken[1]], own)
         else:
-            title = f"{name}.py, {len(own)} seed(s) (line: mean, band: all; teacher --, data ..)"
-            draw(out / f"{name}.png", title, own)
+            draw(out / f"{name}.png", f"{name}.py, {len(own)} seed(s)", own)
 
 
 if __name__ == "__main__":

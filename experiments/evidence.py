@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 from einops import reduce
+from tqdm import tqdm
 
 import codmd
 import common
@@ -56,6 +57,8 @@ class Args:
     the row's figures are those of the last frames."""
     transpose: bool = False
     """One column per run and one row per figure: easier to read for a few runs."""
+    figures: tuple[str, ...] = tuple(COLUMNS)
+    """Figures of the table, of COLUMNS; figures.csv has all."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
 
@@ -118,14 +121,14 @@ def drift(clips):
     return {name: (last[factor] - first[factor])[clean].mean().item() for name, factor in factors.items()}
 
 
-def table_of(rows, transpose):
+def table_of(rows, figures, transpose):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
-    table = [["", "seeds", *COLUMNS.values()]]
+    table = [["", "seeds", *(COLUMNS[figure] for figure in figures)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])
-        for column in COLUMNS:
-            values = torch.tensor([row[column] for row in own])
+        for figure in figures:
+            values = torch.tensor([row[figure] for row in own])
             table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
     table = zip(*table) if transpose else table
     lines = ["| " + " | ".join(row) + " |" for row in table]
@@ -153,7 +156,7 @@ def main(args):
     def sample(sampler, seed):
         """Latents [p * s, c, f, h, w] of sampler(rng, cond), all captions."""
         parts = []
-        for numbers in torch.arange(count).split(48):
+        for numbers in tqdm(torch.arange(count).split(48), "sampling", leave=False):
             rng = common.SampleRNG(seed, "evidence", numbers.tolist(), device)
             parts.append(sampler(rng, captions.cond_of((numbers // args.seeds).tolist())))
         return torch.cat(parts)
@@ -171,7 +174,7 @@ def main(args):
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
         related = dict(zip(("frames", "samples"), map(kl, taught, own)))
         rows.append({"name": name, "run": run, "seed": seed} | measure(clips, reference) | related | drift(whole))
-        shown.setdefault(name, clips[:2, :6].flatten(0, 1))  # of "a shape" and "a circle"
+        shown.setdefault(name, clips[:2, :6])
         print(f"{name}: done", flush=True)
 
     for seed in range(args.repeats):
@@ -185,7 +188,8 @@ def main(args):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
-        students = students_of(model, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
+        own = common.Model(run_args.teacher, *run_args.size, student=run_args.student)
+        students = students_of(own, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
         add(name, folder, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed))
         if args.long and (block := getattr(run_args, "frame_block", 0)):
@@ -193,14 +197,15 @@ def main(args):
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
             add(f"{name}, twice the length", folder, run_args.seed, latents)
 
-    lines = table_of(rows, args.transpose)
+    lines = table_of(rows, args.figures, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     with open(args.out / "figures.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    moving_sheet(args.out / "clips.webp", list(shown.items()), model.fps)
-    print("\n".join(lines) + f"\n\n{args.out / 'table.md'}; figures.csv and clips.webp beside it")
+    sheet = [(f"{tiny.EXAMPLES[i]}: {name}", own[i]) for i in (0, 1) for name, own in shown.items()]
+    moving_sheet(args.out / "clips.webp", sheet, model.fps)
+    print("\n".join(lines) + f"\n\nlook at {args.out / 'clips.webp'}; table.md and figures.csv are beside it")
 
 
 if __name__ == "__main__":

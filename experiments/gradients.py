@@ -23,6 +23,7 @@ import dmd2
 import phased_dmd
 
 matplotlib.use("Agg")
+plt.rcParams["font.size"] = 12
 OUT = Path(__file__).resolve().parents[1] / "docs" / "how"
 RED, BLUE, GREY = "#c1272d", "#0050a0", "#888888"
 
@@ -84,24 +85,32 @@ def panels(count, size=3.2, height=None):
     return figure, axes[0]
 
 
-def plane(axis, title, mixture, samples, size=5):
+def plane(axis, title, mixture, samples, size=5, low=-3.3):
     """Grey contours of a mixture in two dimensions, and samples."""
-    line = torch.linspace(-3, 3, 80)
+    line = torch.linspace(-3.3, 3.3, 80)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     log = mixture.posterior(video(grid), torch.zeros(len(grid)), {})[0].view(80, 80)
     axis.contour(line, line, log.exp(), 5, colors=GREY, linewidths=0.7)
-    axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
-    axis.set_title(title, fontsize=9)
-    axis.scatter(*samples.detach().T, s=size, color=RED, alpha=0.6, linewidths=0)
+    axis.plot([], [], color=GREY, label="teacher")  # contours have no label
+    axis.set(xlim=(-3.3, 3.3), ylim=(low, low + 6.6), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(title)
+    axis.scatter(*samples.detach().T, s=size, color=RED, alpha=0.6, linewidths=0, label="student")
 
 
 def arrows(axis, places, down):
     axis.quiver(*places.detach().T, *down.T, color=BLUE, angles="xy", width=0.004)
+    axis.plot([], [], color=BLUE, marker=">", label="its push")  # a quiver's own label is a patch
 
 
 def save(figure, path):
+    legend(figure.axes[-1])
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def legend(axis):
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=11, handlelength=1, labelspacing=0.2)
 
 
 def rounded(x):
@@ -145,7 +154,8 @@ def mode_seeking(out):
                 for axis, (high, student) in zip(axes, students.items()):
                     torch.manual_seed(1)
                     axis.clear()
-                    plane(axis, f"score times to {high:g}, {step} steps", TWO, student.draw(300))
+                    plane(axis, f"scored to {high:g}, step {step}", TWO, student.draw(300))
+                legend(axis)
                 writer.grab_frame()
             torch.manual_seed(step)
             for high, student in students.items():
@@ -168,7 +178,7 @@ def guidance(out):
             torch.manual_seed(step)
             dmd_step(student, teacher, (cond, null_cond, scale), 0.01, 512)
         x = student.draw(4000)
-        plane(axis, f"guidance {scale:g}", teacher, x[:300])
+        plane(axis, f"guidance {scale:g}", teacher, x[:300], low=-2)
         ends[scale] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0))}
     save(figure, out / "guidance.png")
     return ends
@@ -201,9 +211,9 @@ def data_forcing(out):
         axes[0].plot(spreads, color=color, label=name)
         if forced:
             axes[1].scatter(data[0].flatten(), x0.detach()[0].flatten(), s=10, color=color)
-    axes[0].set(xlabel="steps", ylabel="spread of the samples (data: 1)", ylim=(0, 1.4))
-    axes[1].set(xlabel="a number of the clip", ylabel="the same of the student's sample", ylim=(-2.5, 2.5))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set(xlabel="steps", ylabel="spread (data: 1)", ylim=(0, 1.4))
+    axes[1].set(xlabel="a number of the clip", ylabel="of the student's sample", ylim=(-2.5, 2.5))
+    axes[0].legend(frameon=False, fontsize=11)
     save(figure, out / "data_forcing.png")
     return ends
 
@@ -223,10 +233,9 @@ def relations(out):
     figure, axes = panels(3)
     for axis, matrix, title in zip(axes, (s, s - (f - r)), ("student's cosines", "moved from fake to real")):
         axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2)
-        axis.set_title(title, fontsize=9)
-        axis.axis("off")
+        axis.set(title=title, xlabel="sample", ylabel="sample", xticks=[], yticks=[])
         for (i, j), cosine in np.ndenumerate(matrix):
-            axis.text(j, i, f"{cosine:.1f}", ha="center", va="center", fontsize=7)
+            axis.text(j, i, f"{cosine:.1f}", ha="center", va="center", fontsize=10)
     plane(axes[2], "where the loss pushes", TWO, x, 14)
     arrows(axes[2], x, push)
     axes[2].plot(0, 0, "+", color=GREY)
@@ -267,7 +276,6 @@ def anchors(out):
         axis.plot(middles, middles - t * v, color=color, linewidth=width, label=name)
         errors[name] = rounded(t * (v - exact)[middles.abs() < 1.2].abs().mean())
     axis.set(xlabel=f"x_t at level {t}", ylabel="predicted x0")
-    axis.legend(frameon=False, fontsize=8)
     save(figure, out / "anchors.png")
     return errors
 

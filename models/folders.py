@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors import safe_open
 
 from models.presets import PRESETS, TINY_WORLD, family_name
@@ -15,8 +16,9 @@ WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder
 def check_name(teacher):
     """UserError for a teacher that is neither a name nor a folder in the diffusers layout."""
     if teacher not in PRESETS and not (Path(teacher.removesuffix(":i2v")) / "model_index.json").is_file():
+        near = next((f", did you mean {name}?" for name in PRESETS if name == teacher.lower()), "")
         known = f"neither a folder with a model_index.json (the diffusers layout) nor one of {', '.join(PRESETS)}"
-        raise UserError(f"unknown teacher {teacher!r}: {known}")
+        raise UserError(f"unknown teacher {teacher!r}{near or f': {known}'}")
 
 
 def family_of(name):
@@ -52,7 +54,13 @@ def teacher_folder(teacher):
         patterns = [f"{part}/*" for part in (*WEIGHTS, "tokenizer", "image_processor")]
         patterns += ["model_index.json", "README.md"]
         # the Hub's client locks, so that one process of a machine downloads
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        try:
+            folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        except OSError as error:
+            if not isinstance(error, GatedRepoError) and not isinstance(error.__cause__, GatedRepoError):
+                raise
+            asked = f"ask for access at https://huggingface.co/{repository}, then log in: hf auth login"
+            raise UserError(f"{repository} is gated: {asked}") from None
     folder = Path(folder)
     index, family = read_json(folder / "model_index.json"), family_of(family_name(folder, teacher))
     for part, cls in (("transformer", family.transformer_class), ("vae", family.vae_class)):

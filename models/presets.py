@@ -57,9 +57,10 @@ PRESETS = {
     "cosmos2.5-2b-i2v": Preset(C2B, "cosmos.CosmosI2V", (93, 704, 1280), COSMOS, "cosmos2.5-2b"),
     "qwen-image": Preset("Qwen/Qwen-Image", "qwen_image.QwenImage", (1, 1024, 1024), QWEN, W14B),
     "tiny": Preset(str(TINY / "teacher"), "wan.Wan", TINY_SIZE, TINY_CONFIG),
+    "tiny-small": Preset(str(TINY / "teacher_small"), "wan.Wan", TINY_SIZE, TINY_CONFIG | {"num_layers": 3}, "tiny"),
     "tiny-i2v": Preset(str(TINY / "teacher_i2v"), "wan_5b.Wan5BI2V", TINY_SIZE, TINY_CONFIG, "tiny"),
 }
-TINY_WORLD, TINY_FPS = ("tiny", "tiny-i2v"), 8
+TINY_WORLD, TINY_FPS = ("tiny", "tiny-small", "tiny-i2v"), 8
 PIPELINES = {
     "WanPipeline": "wan.Wan", "WanImageToVideoPipeline": "wan_i2v.WanI2V",
     "Cosmos2_5_PredictBasePipeline": "cosmos.Cosmos", "QwenImagePipeline": "qwen_image.QwenImage",

@@ -93,12 +93,18 @@ RECIPES = {
         "ode_init": TINY_ONE_STEP | {"steps": 1500, "student_sigmas": (1.0, 0.9, 0.75, 0.5), "frame_block": 1},
     },
 }
+BLOCKS = "discriminator_blocks"
+RECIPES["tiny-small"] = {script: row | {BLOCKS: (0, 1, 2)} for script, row in RECIPES["tiny"].items() if BLOCKS in row}
 
 
-def recipe(teacher, script):
-    """What a teacher, a name or a folder, changes of a script's flags."""
+def recipe(teacher, script, student=None):
+    """What a teacher, a name or a folder, changes of a script's flags; the blocks to read are those of `student`."""
     name = most_like(teacher)
     size = dict(zip(("frames", "height", "width"), PRESETS[name].size))
     while name and script not in RECIPES.get(name, {}):
         name = PRESETS[name].like
-    return size | (RECIPES[name][script] if name else {})
+    own = size | (RECIPES[name][script] if name else {})
+    if student:
+        read = recipe(student, script)
+        own = {key: value for key, value in own.items() if key != BLOCKS} | {k: read[k] for k in {BLOCKS} & read.keys()}
+    return own

@@ -82,7 +82,12 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         "out[: len(tokens)] = tokens": "out[-len(tokens) :] = tokens",
         "leaf, buffer.to(device))": "leaf, buffer.to(device, dtype))",
     }),
-    ("common.py", f"{MAINS} dmd2", {"Shards(data, model, device, seed, ": "Shards(data, model, device, 0, "}),
+    ("common.py", f"{MAINS} dmd2", {
+        "Shards(data, model, device, seed, ": "Shards(data, model, device, 0, ",
+        'if self.student and role != "teacher":': "if self.student:",
+    }),
+    ("training/published.py", "tests/test_published.py", {"+= strength * scale *": "+= scale *"}),
+    ("models/students.py", "tests/test_student.py", {'"conditions": model.conditions, ': ""}),
     ("common.py", "tests/test_codmd.py", {"return torch.cat(all_gather(x))": "return x"}),
     ("training/checkpoints.py", "tests/test_runs.py -k newest", {"max(found,": "min(found,", "max(runs,": "min(runs,"}),
     ("training/checkpoints.py", "tests/test_runs.py -k init_takes", {

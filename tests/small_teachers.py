@@ -70,11 +70,11 @@ def wan_vae(channels=16, **more):
     )  # fmt: skip
 
 
-def wan_transformer(seed=0, channels=(16, 16), **more):
+def wan_transformer(seed=0, channels=(16, 16), layers=2, **more):
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=24, in_channels=channels[0], out_channels=channels[1], text_dim=32,
-        freq_dim=64, ffn_dim=64, num_layers=2, rope_max_seq_len=64, **more,
+        freq_dim=64, ffn_dim=64, num_layers=layers, rope_max_seq_len=64, **more,
     )  # fmt: skip
     return awake(transformer, seed)
 
@@ -175,8 +175,8 @@ def qwen_image():
     return QwenImagePipeline(**qwen_parts(), vae=vae, transformer=awake(transformer, 9))
 
 
-def wan():
-    return WanPipeline(**wan_parts(), vae=wan_vae(), transformer=wan_transformer())
+def wan(seed=0, layers=2):
+    return WanPipeline(**wan_parts(), vae=wan_vae(), transformer=wan_transformer(seed, layers=layers))
 
 
 # name: (its folder's function, suffix of --teacher, frames, height, width)

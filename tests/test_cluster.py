@@ -51,3 +51,19 @@ def test_a_job_saves_in_time_is_queued_again_and_goes_on(tmp_path):
 
 def test_a_job_that_saves_nothing_after_the_signal_has_failed(tmp_path):
     assert job(tmp_path, BROKEN, (tmp_path / "started").exists)[0] == 3 and not (tmp_path / "told").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_the_tiny_teacher(tmp_path):
+    """run_wan.sh with its smoke run's few steps, and again: one script is finished, the other one is resumed."""
+    own = {"TEACHER": "tiny", "STEPS": "2", "RUNS": str(tmp_path / "runs")}
+    env = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for finished in (0, 1):
+        run = subprocess.run(["bash", "run_wan.sh"], cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        assert run.returncode == 0, run.stdout[-3000:]
+        (dfd,) = tmp_path.glob("runs/dfd__*")
+        assert len(list(tmp_path.glob("runs/dmd2__*"))) == 1 and (dfd / "samples" / "sheet.png").is_file()
+        assert (tmp_path / "runs" / "eval" / "results.md").is_file()
+        assert (tmp_path / "runs" / "exported" / "model_index.json").is_file()
+        assert run.stdout.count(" is finished") == finished
+        (tmp_path / "runs" / "dfd.py.done").unlink()

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ import dmd
 from models.latents import decode, encode
 from tests.conftest import small_args
 from tiny.samples import TinyWorld
-from training.files import hashed, read_prompts, write_shard, written_aside
-from training.samples import samples_key, teacher_samples
+from training.files import hashed, read_prompts, read_shard, write_shard, written_aside
+from training.samples import samples_key, solver_settings, teacher_samples
 
 CPU = torch.device("cpu")
 MODEL = common.Model("tiny", 9, 32, 32)
@@ -98,6 +99,10 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
     os.umask(before)
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o640, "as the umask asks for"
+    with pytest.raises(KeyError), written_aside(path) as aside:
+        aside.touch()
+        raise KeyError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_prompts_are_encoded_once_and_each_as_itself(tmp_path, monkeypatch):
@@ -131,6 +136,7 @@ def test_pairs_are_the_teachers_own_and_kept(tmp_path, monkeypatch):
     rng = SimpleNamespace(normal=lambda _: pairs.latents_of(range(3), "noise"))
     wanted = dmd.sample_teacher(*settings, rng, cond)
     torch.testing.assert_close(pairs.latents_of(range(3)), wanted, atol=1e-4, rtol=1e-4)
+    assert {tuple(read_shard(path)[2]) for path, _ in pairs.rows} == {solver_settings(args)}
     teacher_samples(run, data, None, args)
     flags = ("guidance_scale", "shift", "teacher_steps", "num_samples", "batch_size")
     keys = {samples_key(data, args), *(samples_key(data, replace(args, **{flag: 7})) for flag in flags)}
@@ -146,6 +152,15 @@ def test_latents_are_the_stock_vaes_normalised():
     stock = vae.encode(2 * video - 1).latent_dist.mode()
     torch.testing.assert_close(encode(vae, video) * std + mean, stock)
     torch.testing.assert_close(2 * decode(vae, (stock - mean) / std) - 1, vae.decode(stock).sample)
+
+
+def test_a_vae_that_encodes_is_float32_on_a_gpu_too(monkeypatch):
+    seen, gpu = [], torch.device("cuda")
+    vae = mock.MagicMock(from_pretrained=lambda folder, dtype: seen.append(dtype) or mock.MagicMock())
+    monkeypatch.setattr(MODEL.family, "vae_class", vae)
+    for only_decodes in (False, True):
+        MODEL.load_vae(gpu, only_decodes)
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_a_bf16_teacher_keeps_tables_and_timesteps_in_float32():

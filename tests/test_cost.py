@@ -104,6 +104,23 @@ def test_memory_of_weights(flags, weights, trained):
     assert (run.memory["gradients"], run.memory["optimizer"]) == (2 * run.trained, 4 * run.trained)
 
 
+def test_a_smaller_student():
+    """14B scores, 1.3B learns: of a step's forwards two in five are the teacher's."""
+    flags = {"gan_weight": 0.0, "gradient_checkpointing": 0, "grad_accum": 8}
+    big, small = (figures(dmd2, teacher=name, **flags) for name in ("wan2.1-14b", "wan2.1-1.3b"))
+    both = figures(dmd2, teacher="wan2.1-14b", student="wan2.1-1.3b", **flags)
+    assert (both.trained, both.disk, both.memory["activations"]) == (
+        small.trained,
+        small.disk,
+        small.memory["activations"],
+    )
+    assert both.memory["weights"] == pytest.approx((2 * big.parameters + 12 * WAN) / 8, rel=1e-3)
+    work = 5.5 + (5.5 + 2 * big.flops / small.flops) / 5
+    assert both.step == pytest.approx(both.samples * small.flops * work)
+    both = figures(dmd2, teacher="wan2.1-14b", student="wan2.1-1.3b", lora_rank=64, fake_lora_rank=64, **flags)
+    assert both.memory["weights"] == pytest.approx((2 * (big.parameters + WAN) + 12 * LORA) / 8, rel=1e-3)
+
+
 def test_memory_of_recomputed_blocks_and_of_a_causal_past():
     """Thirty blocks of 32,760 tokens: what is kept of a block, and its input of 1,536 bf16 numbers a token."""
     memory = lambda **flags: figures(dmd2, teacher="wan2.1-1.3b", gan_weight=0.0, **flags).memory
@@ -153,7 +170,7 @@ def test_every_teacher_on_the_hub_is_measured_without_its_files(monkeypatch, cap
 
 def test_the_command_line(monkeypatch, capsys, fails):
     for words, said in (
-        (["dmd2", "--teacher", "wan2.1-1.3b"], "24 GB does not fit, 48 GB fits, 80 GB fits"),
+        (["dmd2", "--teacher", "wan2.1-1.3b", "--data", "shards"], "24 GB does not fit, 48 GB fits, 80 GB fits"),
         (["dmd2", "--teacher", "wan2.1-1.3b", "--gpus", "1"], "x 1 GPUs = 8"),
         (["dmd2", "--teacher", "wan2.1-1.3b", "--gan-weight", "0"], "13.572 GiB"),
         (["phased_dmd", "--measure", "2", "--batch-size", "1"], "TFLOP/s"),

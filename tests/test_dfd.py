@@ -7,9 +7,11 @@ import common
 import dfd
 import dmd2
 from tests.conftest import distance, same, small_args, state_of, student_weights, train_on_ranks
-from tests.exact import COND, Gaussian, Grid, ScaleShift
+from tests.exact import COND, Gaussian, Grid, ScaleShift, column
 
-SCORE_SIGMAS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+GROWS = 100.0  # stands for a spread without bound
+# what DFD subtracts, in units of x0: x0 itself, -sigma v, or sigma^2 / (1 - sigma) score, all of them x0 - c x_t
+SPACES = {"x0": lambda sigma: 0, "velocity": lambda sigma: 1, "score": lambda sigma: 1 / (1 - sigma)}
 
 
 class Scale(ScaleShift):
@@ -19,36 +21,50 @@ class Scale(ScaleShift):
         return self.theta * x_t / torch.sqrt((1 - s) ** 2 + s**2)
 
 
+def slope(theta, data_prob, space, shift=1, student_sigma=1.0, low=0.02, high=0.98):
+    """d loss / d theta: data N(0, 1), exact fake score, no normaliser. All that is normal takes -1 and 1 in every
+    combination: the same second moments, so the mean is exact.
+    """
+    student, rng = Scale(theta), Grid(2000)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).T.view(3, 1, 8, 1, 1, 1)
+    x0_data, noise, rng_noise = signs.expand(3, len(rng), 8, 1, 1, 1)
+    rng.normal = lambda shape: rng_noise
+    x0 = dfd.rollout(student, rng, COND, (8, 1, 1, 1), (student_sigma,), x0_data if student_sigma < 1 else None)
+    sigma = dfd.sample_sigma(rng, shift, low, high)
+
+    def score(std, video):
+        x_t = dfd.add_noise(video, noise, sigma)
+        return dfd.predict_x0(Gaussian(0.0, std), x_t, sigma, COND) - SPACES[space](column(sigma)) * x_t
+
+    with torch.no_grad():
+        score_teacher = data_prob * score(1.0, x0_data) + (1 - data_prob) * score(1.0, x0)
+        grad = score(theta, x0) - score_teacher
+    return torch.autograd.grad(dfd.student_loss(x0, grad), student.theta)[0].item()
+
+
 @pytest.mark.parametrize(
-    ("data_prob", "student_sigma", "theta"),
+    ("space", "shift", "student_sigma", "half", "one"),
     [
-        # the student's noise knows nothing of the clip: the more often the teacher reads it, the less spread is left
-        (0.0, None, 1.0), (0.5, None, 0.28), (1.0, None, 0.0),
+        # the student's noise knows nothing of the clip
+        ("x0", 1, 1.0, 0.28, 0.0), ("velocity", 1, 1.0, 1.0, 1.0), ("score", 1, 1.0, 3.56, GROWS),
+        ("x0", 3, 1.0, 0.37, 0.0), ("velocity", 3, 1.0, 1.13, 1.28), ("score", 3, 1.0, 5.83, GROWS),
+        ("x0", 5, 1.0, 0.41, 0.0), ("velocity", 5, 1.0, 1.21, 1.44), ("score", 5, 1.0, 7.92, GROWS),
         # the student reads the noised clip
-        (0.5, 0.937, 0.37), (0.5, 0.833, 0.49), (0.5, 0.624, 0.72), (1.0, 0.937, 0.18), (1.0, 0.624, 0.64),
+        ("x0", 1, 0.937, 0.37, 0.18), ("x0", 1, 0.833, 0.49, 0.34), ("x0", 1, 0.624, 0.72, 0.64),
     ],
 )  # fmt: skip
-def test_fixed_points(data_prob, student_sigma, theta):
-    """Where theta ends: data N(0, 1), exact fake score, docs/dfd.md's score sigmas, eq. 8's normaliser undone."""
-    n, shape, student, path = 40, (32, 1, 1, 1), Scale(0.6), []
-    optimizer, rng = torch.optim.SGD(student.parameters(), lr=0.05), Grid(n)
-    torch.manual_seed(0)
-    for step in range(800):
-        x0_data, sigma, noise = rng.normal(shape), SCORE_SIGMAS[torch.arange(n) % 5], rng.normal(shape)
-        x0 = dfd.rollout(student, rng, COND, shape, (student_sigma or 1.0,), x0_data if student_sigma else None)
-        with torch.no_grad():
-            x_t = dfd.add_noise(x0, noise, sigma)
-            x0_fake = dfd.predict_x0(Gaussian(0.0, student.theta), x_t, sigma, COND)
-            coin = common.SharedRNG(0, step).uniform("coin")
-            x_t = dfd.add_noise(x0_data if coin < data_prob else x0, noise, sigma)
-            x0_teacher = dfd.predict_x0(Gaussian(0.0, 1.0), x_t, sigma, COND)
-            weight = (x0 - x0_teacher).abs().mean((1, 2, 3, 4), keepdim=True)
-            grad = dfd.dmd_gradient(x0, x0_teacher, x0_fake) * weight
-        optimizer.zero_grad()
-        dfd.student_loss(x0, grad).backward()
-        optimizer.step()
-        path.append(student.theta.item())
-    assert sum(path[-500:]) / 500 == pytest.approx(theta, abs=0.05)
+def test_fixed_points(space, shift, student_sigma, half, one):
+    """Where theta ends with data_prob 0, .5 and 1 (docs/dfd.md): it rises below, and falls above."""
+    for data_prob, theta in ((0.0, 1.0), (0.5, half), (1.0, one)):
+        below, above = (slope(theta + d, data_prob, space, shift, student_sigma) for d in (-0.01, 0.01))
+        assert below < 0 and (above < 0 if theta == GROWS else above > 0), (data_prob, below, above)
+
+
+@pytest.mark.parametrize(("sigma", "bias"), [(0.3, 1.207), (0.6, 0.769), (0.9, 0.122)])
+def test_the_teachers_discrepancy_widens_a_perfect_student(sigma, bias):
+    """At theta 1 DMD's gradient is 0. The discrepancy has mean 0, its product with d x0 / d theta has not."""
+    push = -slope(1.0, 1.0, "score", low=sigma, high=sigma) * (1 - sigma) / sigma**2
+    assert push == pytest.approx(bias, abs=1e-3)
 
 
 def test_data_prob_0_is_dmd2_bit_for_bit(tmp_path):

@@ -241,8 +241,8 @@ def test_a_stopped_one_goes_on(whole, run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again
 
 
-def changed(Model, *args):
-    (model := Model(*args)).negative_prompt = "ugly"
+def changed(Model, *args, **flags):
+    (model := Model(*args, **flags)).negative_prompt = "ugly"
     return model
 
 

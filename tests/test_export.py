@@ -1,12 +1,15 @@
 """tools/export.py: the card's own lines, run in stock diffusers, give the student's samples; LoRAs give its network."""
 
+import os
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from einops import rearrange
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -18,7 +21,7 @@ import phased_dmd
 from models.images import read_images, to_pil
 from models.presets import PRESETS
 from tests import small_teachers
-from tests.conftest import only_run, small_args, state_of
+from tests.conftest import only_run, same, small_args, state_of, student_weights
 from tests.small_teachers import SMALL
 from tools import export
 from training.finished import load_run, students_of
@@ -60,11 +63,12 @@ def exported(run, out, **flags):
     return Path(out)
 
 
-def run_card(out, *changes, teacher=TINY):
-    """Run the card's lines, with these changes made; returns its pipeline and what that made, latents."""
+def run_card(out, *changes):
+    """Run the card's lines beside the export, with these changes made; returns its pipeline and the latents it made."""
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace(f'"{out.name}"', f'"{out}"').replace("a prompt", "a red circle").replace("TEACHER", teacher)
-    code = code.replace("num_inference_steps", 'output_type="latent", num_inference_steps')
+    code = code.replace("a prompt", "a red circle").replace(
+        "num_inference_steps", 'output_type="latent", num_inference_steps'
+    )
     code = code.replace('diffusers.utils.export_to_video(out.frames[0], "student.mp4", ', "dict(")
     code = code.replace("out.images[0].save", "print")
     for old, new in changes:
@@ -72,7 +76,8 @@ def run_card(out, *changes, teacher=TINY):
         code = code.replace(old, new)
     space = {}
     torch.manual_seed(0)
-    exec(code, space)
+    with chdir(out.parent):
+        exec(code, space)
     return space["pipe"], space["out"]
 
 
@@ -80,7 +85,7 @@ def ours(run, tmp_path, image=None, packed=False):
     """The student's latents of the same draws, sampled by its script."""
     common.init_distributed()
     script, args, checkpoint = load_run(run)
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, *args.size, student=args.student)
     cond = common.encode_text(model, ["a red circle"], tmp_path / "text", CPU).cond_of([0])
     if model.conditions:
         cond |= model.image_encoder(CPU)(image)
@@ -133,6 +138,8 @@ def check_card(run, tmp_path, lora):
         (dmd, {}, False),
         (phased_dmd, {"phase_ends": (0.9, 0.0), "student_sigmas": (1.0, 0.9, 0.757, 0.522)}, False),
         (phased_dmd, {"lora_rank": 2}, True),  # a LoRA of each phase
+        (dmd2, {"student": "tiny-small"}, False),
+        (dmd2, {"student": "tiny-small", "lora_rank": 2}, True),
     ],
 )
 def test_cards_of_other_scripts(script, flags, lora, tmp_path):
@@ -155,6 +162,16 @@ def test_the_folder_has_the_teachers_parts_as_links_to_files(runs, tmp_path):
     assert (out / "vae" / FILE).read_bytes() == Path(TINY, "vae", FILE).read_bytes()
     assert (out / "transformer" / FILE).stat().st_mode & 0o777 == 0o644
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_comfyuis_file_has_wans_names(runs, tmp_path, fails):
+    """Which diffusers' own converter reads back."""
+    for name in runs:
+        file = exported(runs[name], tmp_path / name, comfyui=True) / f"{name}.safetensors"
+        weights = convert_wan_transformer_to_diffusers(load_file(file))
+        assert same(weights, student_weights(runs[name].parent, 2, dmd2))
+        assert {"blocks.0.self_attn.q.weight", "head.modulation"} <= load_file(file).keys()
+    fails(lambda: exported(runs["lora"], tmp_path / "no", lora=True, comfyui=True), "--comfyui")
 
 
 def test_a_causal_student_is_its_transformer(tmp_path, fails):
@@ -194,9 +211,9 @@ def test_every_family(name, script, lora_rank, folders, tmp_path, monkeypatch):
         assert "No stock pipeline" in (exported(run, tmp_path / "out") / "README.md").read_text()
         return
     out = exported(run, tmp_path / "out", lora=lora_rank > 0)
-    whole, qwen = teacher.removesuffix(":i2v") if lora_rank else out, "qwen" in name
+    whole, qwen = os.path.relpath(teacher.removesuffix(":i2v"), tmp_path) if lora_rank else out.name, "qwen" in name
     checker = f'"{whole}", safety_checker=__import__("tests").small_teachers.NoSafetyChecker()'
-    pipe, made = run_card(out, *[(f'"{whole}"', checker)] * ("cosmos" in name), teacher=teacher.removesuffix(":i2v"))
+    pipe, made = run_card(out, *[(f'"{whole}"', checker)] * ("cosmos" in name))
     image = read_images(["first_frame.png"], height, width) if "i2v" in name else None
     latents = ours(run, tmp_path, image, packed=qwen and script is dmd2)
     theirs = pipe._unpack_latents(made.images, height, width, 8) if qwen else made.frames

@@ -42,6 +42,7 @@ FLAGS = {
     "lr": 2e-3, "fake_score_lr": 1e-3, "anneal_lr": True, "betas": (0.3, 0.9), "weight_decay": 0.1,
     "max_grad_norm": 0.4, "ema_decay": 0.8, "preview_every": 9, "preview_prompts": 2, "preview_seeds": 2,
     "teacher_steps": 3, "score_sigmas": (0.1, 0.95), "gradient_checkpointing": 0, "discriminator_blocks": (1, 0),
+    "negative_prompt": "a blue square",
 }  # fmt: skip
 FEW_STEPS = {"student_sigmas": (1.0, 0.8, 0.4), "gan_weight": 0.7, "discriminator_weight": 0.3, "seed": 10}
 
@@ -75,9 +76,9 @@ class Watch:
             adamw(optimizer)
             self.updates.append((name, before, gradients, state(network)))
 
-        def watched_log(run, step, values, total):
+        def watched_log(run, step, values):
             self.figures.append({name: float(value) for name, value in values.items()})
-            log(run, step, values, total)
+            log(run, step, values)
 
         def watched_write(preview, name, sample):
             latents = []
@@ -174,12 +175,13 @@ class Reference:
         self.model = common.Model(args.teacher, args.frames, args.height, args.width)
         self.shape = self.model.latent_shape
         self.data = common.Shards(args.data, self.model, CPU, args.seed, ("latents",))
-        self.null = common.encode_text(self.model, [self.model.negative_prompt], cache, CPU).cond_of([0])["text"]
-        student = folder, args.lora_rank, args.lora_alpha, getattr(args, "frame_block", 0)
-        self.teacher, self.student = Network(folder), Network(*student)
+        self.null = common.encode_text(self.model, [args.negative_prompt], cache, CPU).cond_of([0])["text"]
+        own = args.student or folder
+        student = own, args.lora_rank, args.lora_alpha, getattr(args, "frame_block", 0)
+        self.teacher, self.student, self.begun = Network(folder), Network(*student), Network(own).net.state_dict()
         self.gan_weight = getattr(args, "gan_weight", 0)
         heads = 2 if self.gan_weight else 0
-        self.fake_score = Network(folder, args.fake_lora_rank, args.lora_alpha, heads=heads)
+        self.fake_score = Network(own, args.fake_lora_rank, args.lora_alpha, heads=heads)
         self.experts = [Network(*student) for _ in getattr(args, "phase_ends", ())]
         if getattr(args, "pairs", None):
             self.pairs = common.Shards(args.pairs, self.model, CPU, args.seed, ("latents", "noise"))
@@ -465,6 +467,9 @@ def run_and_compare(tmp_path, monkeypatch, teachers, script, reference, teacher=
     model = common.Model(name, *size)
     flags = {**FLAGS, "teacher": name, "data": shards(tmp_path / "data", model, 1), **flags}
     flags |= dict(zip(("frames", "height", "width"), size))
+    if flags.get("student"):  # of another depth
+        flags["student"] = str(teachers / "student")
+        small_teachers.wan(seed=2, layers=3).save_pretrained(flags["student"])
     if script in (dmd, ode_init):
         flags["pairs"] = shards(tmp_path / "pairs", model, 2)
     accepted = {field.name for field in dataclasses.fields(script.Args)}
@@ -482,7 +487,7 @@ def run_and_compare(tmp_path, monkeypatch, teachers, script, reference, teacher=
             assert owner == name
             if step and name == "student" and reference.phase(step) > reference.phase(step - 1):
                 close(before[f"expert_{reference.phase(step) - 1}"], average or left, 1e-5)
-                average, optimizers, teacher = before.get("ema"), {}, reference.teacher.net.state_dict()
+                average, optimizers, teacher = before.get("ema"), {}, reference.begun
                 for weights in (before[own] for own in before if own[:6] != "expert"):  # they begin at the teacher
                     assert all(torch.equal(v, teacher.get(k, v)) for k, v in weights.items())
                     assert not any(v.any() for k, v in weights.items() if ".lora_B." in k)
@@ -545,6 +550,7 @@ NAMES = lambda value: getattr(value, "__name__", None)
         (dmd2, Reference, {"lora_rank": 2, "fake_lora_rank": 3, "lora_alpha": 3.0}),
         (dmd2, Reference, {"frame_block": 1}),
         (dmd2, Reference, {"teacher": "wan_5b_i2v"}),
+        (dmd2, Reference, {"student": "of its own", "discriminator_blocks": (2, 0)}),
         (dfd, DFD, {"data_prob": 0.5}),
         (dfd, DFD, {"data_prob": 0.5, "student_input": "data"}),
         (codmd, CoDMD, {"sample_relation": 0.8, "frame_relation": 0.0, "gan_weight": 0.0}),
@@ -564,6 +570,7 @@ def test_main(compare, script, reference, flags):
         ("", PhasedDMD, {"gan_weight": 0.7, "score_ends": (0.8, 0.2)}),
         ("", PhasedDMD, {"student_input": "data", "ema_decay": 0.0}),
         ("", PhasedDMD, {"lora_rank": 2, "lora_alpha": 3.0, "anneal_lr": False}),
+        ("", PhasedDMD, {"lora_rank": 2, "student": "of its own", "ema_decay": 0.0}),
         ("velocity_gradient", VelocityGradient, {"ema_decay": 0.0}),
         ("disjoint_sigmas", DisjointSigmas, {"ema_decay": 0.0}),
     ],

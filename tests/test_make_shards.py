@@ -11,6 +11,7 @@ import torch
 
 import common
 import dmd2
+from models.images import to_pil
 from models.latents import encode
 from tests.conftest import only_run, small_args
 from tests.ranks import on_ranks
@@ -150,6 +151,23 @@ def test_a_bad_clip_is_skipped_and_added_when_it_is_repaired(clips, tmp_path):
 
 
 @pytest.mark.slow
+def test_pictures_are_clips_of_a_teacher_of_images(clips, tmp_path):
+    folder, videos, captions = clips
+    for i, (name, format) in enumerate((("0.mp4", "png"), ("1.mp4", "webp"))):
+        to_pil(videos[i]).save(
+            (folder / name).with_suffix(f".{format}"), **{"webp": {"lossless": True}}.get(format, {})
+        )
+        (folder / name).unlink()
+    (folder / "2.mp4").rename(folder / "2.jpg")  # and none
+    make_shards.main(args(folder, tmp_path / "out", frames=1))
+    data = common.Shards(
+        tmp_path / "out", model := common.Model("tiny", 1, 32, 32), torch.device("cpu"), keys=("latents",)
+    )
+    first = (videos[:2, :, :1] * 255).round() / 255
+    torch.testing.assert_close(data.latents_of([0, 1]), encode(model.load_vae(torch.device("cpu")), first))
+    assert data.prompts == captions[:2] and list(skipped(tmp_path / "out")) == ["2.jpg"]
+
+
 def test_two_processes_make_what_one_makes(clips, tmp_path):
     folder, _, _ = clips
     (folder / "1.mp4").write_bytes(b"no video")

@@ -1,21 +1,27 @@
 """Every family against its stock pipeline, on small random folders that diffusers writes itself: the same noise and
-prompts give the same latents, every script trains on it and resumes, its student samples in the stock pipeline.
+prompts give the same latents, every script trains on it and resumes, its student samples in the stock pipeline. The
+pipeline's scheduler is replaced by Euler steps at our noise levels: it is the network's inputs that are compared.
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from huggingface_hub.errors import GatedRepoError
 from PIL import ExifTags, Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import codmd
 import common
@@ -29,11 +35,12 @@ from models.images import find_images, read_images, to_pil
 from models.latents import encode
 from models.presets import PRESETS, TINY_WORLD, name_of
 from tests import small_teachers
-from tests.conftest import on_ranks, only_run, same, small_args
+from tests.conftest import on_ranks, only_run, same, small_args, state_of
 from tests.ranks import adam_eps, train_all
 from tests.small_teachers import SMALL
 from tools import make_shards
 from tools.video_in.video import read_clip
+from training.checkpoints import load_init
 from training.finished import load_run, students_of
 from training.flags import recipe_args
 from training.media import write_mp4
@@ -147,9 +154,10 @@ def test_the_teacher_is_the_stock_pipelines(name, folders, tmp_path):
         ours = solve_ode(network, noise, cond, null_cond, guidance_scale)
         theirs = stock_latents(pipe, model, noise, guidance_scale, image)
         assert (ours - theirs).abs().max() < 1e-5 and theirs.std() > 0.1
-    flipped = {**cond, "text": cond["text"].flip(0)}
-    other = solve_ode(network, noise, flipped, null_cond, guidance_scale)
-    assert (ours - other).abs().max() > 1e-3, "the text matters"
+    for key, x in cond.items():
+        changed = {**cond, key: x.flip(0 if key == "text" else -1)}
+        other = solve_ode(network, noise, changed, null_cond, guidance_scale)
+        assert (ours - other).abs().max() > 1e-3, f"{key} matters"
 
     # features; and each sample of a batch is as it is alone, of two experts each by its own
     sigma, tokens = torch.tensor([0.95, 0.3]), math.prod(model.latent_shape[1:]) // math.prod(model.patch)
@@ -160,12 +168,41 @@ def test_the_teacher_is_the_stock_pipelines(name, folders, tmp_path):
         alone, (feature,) = network(noise[i : i + 1], sigma[i : i + 1], own, (1,))
         torch.testing.assert_close(v[i : i + 1], alone, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(features[1][i : i + 1], feature, atol=1e-4, rtol=1e-4)
+    linear = [name for name, part in network.blocks[0].named_modules() if isinstance(part, torch.nn.Linear)]
+    for name in linear:  # what has no LoRA: modulation, and projections of the image's features
+        own = name.endswith(tuple(model.family.lora_layers))
+        assert own != ("norm" in name or "_mod" in name or "add_" in name and "wan" in model.name), name
     if model.conditions:
         first = encode(model.load_vae(CPU), image).expand(2, -1, -1, -1, -1)
         torch.testing.assert_close(model.family.first_latent(cond), first, atol=1e-5, rtol=1e-5)
     if "first" in cond:
         x0 = dmd2.predict_x0(network, noise, sigma, cond)
         torch.testing.assert_close(x0[:, :, :1], first, atol=1e-5, rtol=1e-5)
+
+
+PIPELINES = {
+    "wan": (pipeline_wan, diffusers.WanPipeline),
+    "i2v": (pipeline_wan_i2v, diffusers.WanImageToVideoPipeline),
+    "cosmos": (pipeline_cosmos2_5_predict, diffusers.Cosmos2_5_PredictBasePipeline),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in TINY_WORLD])
+def test_sizes_frame_rates_and_negative_prompts_are_the_pipelines(name):
+    """Its defaults and its example's; where it has none, those of the authors' code."""
+    family, size = family_of(PRESETS[name].family), PRESETS[name].size
+    module, pipeline = PIPELINES["cosmos" if "cosmos" in name else "i2v" if "i2v" in name else "wan"]
+    if "5b" in name:  # wan/configs/wan_ti2v_5B.py of Wan 2.2
+        assert (size, family.fps) == ((121, 704, 1280), 24)
+    elif "qwen" in name:  # the pipeline's default_sample_size * vae_scale_factor; Qwen-Image's README
+        assert (size, family.fps, family.negative_prompt) == ((1, 128 * 8, 128 * 8), 1, " ")
+        return
+    else:
+        defaults = inspect.signature(pipeline.__call__).parameters
+        assert size == tuple(defaults[key].default for key in ("num_frames", "height", "width"))
+        assert f"fps={family.fps}" in module.EXAMPLE_DOC_STRING
+    if "cosmos" not in name:  # whose default it is by name
+        assert f'"{family.negative_prompt}"' in module.EXAMPLE_DOC_STRING
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -190,6 +227,12 @@ def test_students_sample_in_the_stock_pipeline(name, folders, tmp_path):
         setattr(pipe, part, model.family.transformer_class.from_pretrained(run[-1] / "student" / part))
     theirs = stock_latents(pipe, model, noise, 1.0, image, steps=1)
     assert (ours - theirs).abs().max() < 1e-5 and (ours - begun).abs().max() > 1e-4
+    # what is saved of each expert is that expert, and --init takes both
+    state, again = state_of(tmp_path, 2, dmd2), model.load_network("student", CPU)
+    load_init(run[-1] / "student", {"student": again}, {})
+    for part, weights in exported(only_run(tmp_path, dmd2), 2).items():
+        assert same(weights, again.get_submodule(part).state_dict())
+        assert all(torch.equal(x, state[f"ema.{part}.{key}"]) for key, x in weights.items())
 
 
 @pytest.mark.slow
@@ -269,6 +312,14 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, tmp_path, mon
     assert name_of(f"{tmp_path}/hub{SMALL[small][1]}") == name
 
 
+def test_a_gated_repository_is_said_to_be_one(monkeypatch, fails):
+    gated, other = GatedRepoError("403\n\nCannot access", response=mock.MagicMock()), OSError("check your connection")
+    other.__cause__ = gated  # of a file, not of the repository's list
+    for error in (gated, other):
+        monkeypatch.setattr(models.folders, "snapshot_download", mock.Mock(side_effect=error))
+        fails(lambda: teacher_folder("cosmos2.5-2b"), "ask for access", "nvidia/Cosmos-Predict2.5-2B", "auth login")
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "word"),
     [
@@ -286,6 +337,28 @@ def test_folders_of_no_family_are_one_line(name, changes, word, folders, tmp_pat
     if "gone" in changes:
         shutil.rmtree(folder / changes["gone"])
     fails(lambda: teacher_folder(f"{folder}{':i2v' * (':i2v' in changes)}"), str(folder), word)
+
+
+def half(folder, part):
+    (path := folder / part / WEIGHTS).rename(path.with_suffix(".fp16.safetensors"))
+
+
+def quantised(folder, part):
+    path = folder / part / WEIGHTS
+    save_file({key: x.to(torch.float8_e4m3fn) for key, x in load_file(path).items()}, path)
+
+
+def no_mean(folder, part):
+    (path := folder / part / "config.json").write_text(path.read_text().replace("latents_mean", "mean"))
+
+
+@pytest.mark.parametrize(("change", "part"), [(half, "transformer"), (quantised, "text_encoder"), (no_mean, "vae")])
+def test_weights_that_would_be_read_as_others_are_one_line(change, part, folders, tmp_path, fails):
+    folder = shutil.copytree(small_teachers.write("wan", folders), tmp_path / "changed")
+    if part == "text_encoder":
+        (folder / part / "model.safetensors").rename(folder / part / WEIGHTS)
+    change(folder, part)
+    fails(lambda: teacher_folder(str(folder)), f"{folder}/{part}")
 
 
 # -------------------------------------------------------------------------------------------------------- images
@@ -313,6 +386,8 @@ def test_images_are_read_as_they_are_seen(tmp_path, fails):
     first, second, *others = find_images(tmp_path, 4)
     assert (read_images([first], 40, 24)[0] - torch.rot90(pixels, -1, (2, 3))).abs().max() < 1 / 255
     assert torch.equal(read_images([second], 24, 40)[0], wide[:, :, :, 40:80])
+    to_pil(torch.rand(3, 1, 256, 256)).save(tmp_path / "noise.png")
+    assert read_images([tmp_path / "noise.png"], 64, 64).std() < 0.15, "pixels are averaged, not picked: those have .29"
     for path in others:
         fails(lambda path=path: read_images([path], 32, 32), str(path))
     fails(lambda: find_images(tmp_path, 5), "5")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
+import dfd
 import dmd
 import dmd2
 import phased_dmd
@@ -31,7 +33,7 @@ from tests.ranks import end_of, on_ranks, run_program, start
 from training.checkpoints import find_checkpoint, find_init, flat_state, latest_checkpoint, load_init
 from training.files import UserError
 from training.finished import load_run
-from training.flags import one_line_errors, parse_args
+from training.flags import one_line_errors, parse_args, recipe_args
 from training.preview import Preview
 from training.run import Run, check_shared
 
@@ -71,7 +73,13 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
     assert len(list(run.glob("previews/*/*.mp4"))) == 20
     assert (run / "previews" / "table.md").read_text() in capsys.readouterr().out + "\n"
     steps = {name: list(found) for name, found in logged(tmp_path, "").items()}
-    assert steps["loss/fake_score"] == steps["grad_norm/fake_score"] == steps["time/step"] == [0, 1, 2]
+    assert (
+        steps["loss/fake_score"]
+        == steps["grad_norm/fake_score"]
+        == steps["time/step"]
+        == steps["lr/student"]
+        == [0, 1, 2]
+    )
     assert steps["loss/student"] == steps["grad_norm/student"] == steps["loss/regression"] == [0, 2]
     assert steps["preview/diversity"] == [0, 2, 3] and steps["preview_teacher/right"] == [0]
     student = WanTransformer3DModel.from_pretrained(latest_checkpoint(run) / "student", subfolder="transformer")
@@ -179,17 +187,31 @@ def test_a_signal_stops_after_the_step_and_one_that_is_ignored_stays_so(tmp_path
         assert signal.signal(number, before) == handler
 
 
+def stopped_by(rank, folder):
+    common.init_distributed()
+    run = Run(dmd.__file__, small_args(runs_dir=folder), CPU)
+    run.signal = signal.SIGTERM * (dist.get_rank() == rank)
+    assert run.stop_signal() == signal.SIGTERM
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    on_ranks(2, stopped_by, 1, tmp_path)
+
+
 def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        patch.setattr(Run, "log", lambda *_, total: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Run, "log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train(runs_dir=tmp_path, steps=1000)
     run = only_run(tmp_path)
     train(runs_dir=tmp_path, steps=2, resume=run, batch_size=4)
     out = capsys.readouterr().out
+    assert "--anneal-lr" in out and list(logged(tmp_path, "lr/")["lr/student"].values())[-1] == pytest.approx(5e-4)
     assert "resuming with --steps 2, it was 1000" in out and "4 samples per update, there were 2" in out
     train(runs_dir=tmp_path, steps=2, resume=run, guidance_scale=9.0)  # finished, it stays what it was trained with
+    assert "is finished" in capsys.readouterr().out
     assert checkpoints(tmp_path) == [1, 2]
     assert [load_run(path)[1].guidance_scale for path in (run, latest_checkpoint(run))] == [2.0, 2.0]
+    assert json.loads((run / "args.json").read_text())["guidance_scale"] == 2.0
 
 
 def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(tmp_path, monkeypatch, fails):
@@ -202,6 +224,19 @@ def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(
         run.close()
     (run := opened(tmp_path, resume=checkpoint)).close()
     assert run.folder == runs[0].folder
+
+
+def test_a_run_writes_down_the_commit_if_there_is_one(tmp_path, monkeypatch, capfd):
+    (folder := tmp_path / "a folder" / "training").mkdir(parents=True)
+    monkeypatch.setattr("training.run.__file__", str(folder / "run.py"))
+    opened(tmp_path / "1").close()
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "a"], check=True)
+    opened(tmp_path / "2").close()
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    assert [(only_run(tmp_path / i) / "revision.txt").read_text() for i in "12"] == ["unknown\n", head]
+    assert "fatal" not in capfd.readouterr().err
 
 
 def test_a_process_that_does_not_see_the_runs_folder(tmp_path, fails, monkeypatch):
@@ -255,11 +290,13 @@ def test_latest_and_a_scripts_name_mean_the_newest_run(tmp_path, newest):
     assert find_init(tmp_path, "tiny", "dmd2") == found[newest].parents[1]
 
 
-def test_a_teacher_of_any_name(tmp_path):
+def test_a_teacher_of_any_name(tmp_path, monkeypatch):
     """No folder has in its name what scp, NTFS or Weights & Biases read otherwise; folders that have it are found."""
     teacher, runs = shutil.copytree(TEACHER, tmp_path / "a:b;c,d#e?'f"), tmp_path / "runs"
-    train(steps=1, teacher=teacher, runs_dir=runs)
+    monkeypatch.setitem(sys.modules, "wandb", wandb := mock.MagicMock())  # it is not installed
+    train(steps=1, teacher=teacher, runs_dir=runs, track=True)
     run = only_run(runs)
+    assert wandb.init.call_args.kwargs["id"] == run.name and not set(run.name) & set("/\\#?%:")  # what it refuses
     assert run.name.startswith("dmd__a-b-c-d-e--f__0__")
     run.rename(older := runs / f"dmd__{teacher.name}__0__1")
     assert find_checkpoint(runs, "dmd", str(teacher), 0, "latest").parents[1] == older
@@ -294,18 +331,23 @@ def test_init_takes_every_network_that_is_there(tmp_path, finished, source, caps
         assert all(torch.equal(x, state[f"{name}.{key}"]) for key, x in network.state_dict().items()), name
 
 
-def parsed(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["dmd2.py", *map(str, words)])
-    return vars(parse_args(dmd2.Args))
+def parsed(monkeypatch, *words, script=dmd2):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+    return vars(parse_args(script.Args))
 
 
 def test_a_flag_beats_a_recipe_and_a_recipe_beats_a_default(tmp_path, monkeypatch):
-    default, tiny = vars(dmd2.Args()), parsed(monkeypatch)
+    default, tiny, no_gan = vars(dmd2.Args()), parsed(monkeypatch), {"gan_weight": 0.0}
     assert tiny == default | RECIPES["tiny"]["dmd2"] | {"frames": 9, "height": 32, "width": 32}
-    assert parsed(monkeypatch, "--lr", 0.5) == tiny | {"lr": 0.5}
-    assert parsed(monkeypatch, "--teacher", "wan2.1-1.3b") == default | {"teacher": "wan2.1-1.3b"}
+    assert parsed(monkeypatch, "--lr", 0.5) == tiny | {"lr": 0.5} == vars(recipe_args(dmd2.Args, lr=0.5))
+    for flag, file, off in (("data", "f", {}), ("prompts", "f", no_gan), ("gan_weight", 0.1, {})):  # no clips, no GAN
+        words, own = (f"--{flag.replace('_', '-')}", file), {flag: file}
+        assert parsed(monkeypatch, "--teacher", "wan2.1-1.3b", *words) == default | off | own | {
+            "teacher": "wan2.1-1.3b"
+        }
+        assert parsed(monkeypatch, *words) == tiny | off | own
     wan14b = RECIPES["wan2.1-14b"]["dmd2"] | {"teacher": "wan2.1-i2v-14b"}  # which is like that one
-    assert parsed(monkeypatch, "--teacher", "wan2.1-i2v-14b") == default | wan14b
+    assert parsed(monkeypatch, "--teacher", "wan2.1-i2v-14b") == default | wan14b | no_gan
     for file in ("model_index.json", "transformer/config.json"):  # a teacher of this kind that was trained again
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(TEACHER / file, tmp_path / file)
@@ -319,6 +361,53 @@ def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
     for resume, more in (("latest", seed), (run, [])):
         args = parsed(monkeypatch, "--resume", resume, "--steps", 9, *more)
         assert args == before | {"steps": 9, "resume": str(resume), "runs_dir": str(tmp_path)}
+
+
+def test_a_start_hands_on_its_levels_guidance_size_and_frame_block(tmp_path, monkeypatch, fails, capsys):
+    own = {"student_sigmas": (1.0, 0.8), "shift": 2.0, "guidance_scale": 3.0, "frame_block": 1, "height": 64}
+    start = tmp_path / "dmd2__tiny__0__1"
+    old_run(start, 1, **asdict(small_args(dmd2, steps=2, lr=0.1, **own)))
+    read = lambda *words, script=dfd: parsed(monkeypatch, "--runs-dir", tmp_path, *words, script=script)
+    plain = read("--init", "None") | {"init": "dmd2"}
+    assert read() == plain | own and read("--shift", 7) == plain | own | {"shift": 7.0}
+    assert (
+        read("--init", start / "checkpoints" / "step_0000002")["shift"] == plain["shift"]
+    )  # no record there: no run's
+    one_step = {"init": "dmd2", "height": 64}
+    assert read("--init", "dmd2", script=dmd) == read(script=dmd) | one_step
+    fails(lambda: train(dfd, runs_dir=tmp_path, init=start), str(start), "--frame-block 1")
+    Run(dfd.__file__, small_args(dfd, runs_dir=tmp_path, init=start, frame_block=1), CPU)
+    out = capsys.readouterr().out
+    assert f"starting from {start}" in out and "other --height: 64" in out and "other --shift: 2.0" in out
+
+
+@pytest.mark.parametrize(
+    ("flag", "before", "now"),
+    [("lora_rank", 0, 4), ("fake_lora_rank", 2, 0), ("ema_decay", 0.0, 0.9), ("gan_weight", 0.0, 0.1)],
+)
+def test_resume_with_other_networks_is_one_line(tmp_path, fails, flag, before, now):
+    old_run(tmp_path, 1, **asdict(small_args(dmd2, **{flag: before})), script="dmd2")
+    run = lambda value: Run(dmd2.__file__, small_args(dmd2, runs_dir=tmp_path, resume=tmp_path, **{flag: value}), CPU)
+    assert run(before).step == 2
+    fails(lambda: run(now), f"--{flag.replace('_', '-')} {now}", f"has {before}")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [(["wan2.1-14b"], "--teacher wan2.1-14b"), (["--student-sigmas", "1,0.5"], "1 0.5")]
+)
+def test_what_words_may_mean(monkeypatch, fails, words, meant):
+    fails(lambda: parsed(monkeypatch, *words), f"did you mean {meant}?")
+
+
+def test_help_is_in_groups_the_methods_own_first(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--help", script=dfd)
+    text = capsys.readouterr().out
+    marks = "method options|--data-prob FLOAT|data options|--teacher STR|recipe options|run options|--seed INT"
+    places = [text.index(mark) for mark in f"{marks}|compute options|--lora-rank INT".split("|")]
+    assert places == sorted(places) and max(map(len, text.splitlines())) <= 120
+    assert "Steps between checkpoints" in text  # what dfd.py gives another value keeps its text
 
 
 BAD = [("steps", 0), ("guidance_scale", math.nan), ("score_sigmas", (0.9, 0.1))]
@@ -340,6 +429,12 @@ def test_a_program_ends_with_one_line(tmp_path, flag, value):
     words = ["--runs-dir", str(tmp_path), flag, value]
     code, out, err = run_program(ROOT / "dmd2.py", words, tmp_path, tmp_path / "said")
     assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and value in err
+
+
+def test_windows_is_told_before_it_lacks_anything(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="WSL"):
+        runpy.run_path(str(ROOT / "training" / "files.py"))
 
 
 def test_the_first_process_of_a_machine_to_fail_prints(tmp_path, monkeypatch):
@@ -397,6 +492,17 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch, fails):
             fails(common.local_device, "2 are visible")
         else:
             assert common.local_device() == torch.device("cuda", own)
+
+
+def test_a_restarted_launch_that_had_resume_goes_on_from_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    before, ours = (
+        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **asdict(small_args(dmd2)), script="dmd2") for i in (1, 2)
+    )
+    (ours.parents[1] / "launch.txt").write_text(f"launch {os.getppid()}")
+    for count, checkpoint in (("0", before), ("1", ours)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert Run(dmd2.__file__, small_args(dmd2, runs_dir=tmp_path, resume=before), CPU).checkpoint == checkpoint
 
 
 @pytest.mark.slow

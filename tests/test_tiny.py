@@ -194,6 +194,22 @@ def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
 
 
+@torch.no_grad()
+def test_the_smaller_teachers_loss_on_fresh_clips(pipe):
+    """At the noise levels of training, of clips and captions that neither has seen: the figures of tiny/README.md."""
+    small = WanTransformer3DModel.from_pretrained(PRESETS["tiny-small"].source, subfolder="transformer")
+    x0, captions = teacher.encode_clips(train.Args(seed=100, clips=512), pipe.vae)
+    tokens = pipe.tokenizer(list(world.CAPTIONS), padding=True, return_tensors="pt")
+    said = captions[range(512), torch.arange(512) % captions.shape[1]]
+    text, u = teacher.embed(pipe.text_encoder, tokens, 16)[said], torch.linspace(0.001, 0.999, 512)
+    sigma, noise = 5 * u / (1 + 4 * u), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    s, losses = sigma.view(-1, 1, 1, 1, 1), []
+    for transformer in (pipe.transformer, small):
+        v = transformer((1 - s) * x0 + s * noise, 1000 * sigma, text).sample
+        losses.append(F.mse_loss(v, noise - x0).item())
+    assert losses == pytest.approx([0.356, 0.515], abs=0.002) and len(small.blocks) == 3
+
+
 def test_training_embeds_text_as_the_pipeline_does(pipe):
     """One `</s>` at the end, then zeros; every word is known."""
     tokens = teacher.build_tokenizer()([*world.CAPTIONS, ""], padding=True, return_tensors="pt")
@@ -252,6 +268,7 @@ def test_all_stages_write_teachers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(WanTransformer3DModel, "forward", watched)
     small = {"vae_steps": 1, "decoder_steps": 1, "vae_batch": 2, "clips": 16, "steps": 1, "i2v_steps": 1, "batch": 4}
+    small["small_steps"] = 1
     args = train.Args(out=tmp_path / "teacher", compile=False, **small)
     train.main(args)
     latents, _ = teacher.encode_clips(args, WanPipeline.from_pretrained(args.out).vae)
@@ -259,7 +276,8 @@ def test_all_stages_write_teachers(tmp_path, monkeypatch):
     known = x_t[:, None, :, 0] - latents[None, :, :, 0]
     assert (known.flatten(2).abs().amax(2).amin(1) < 1e-5).all(), "the first frame is a clip's, without noise"
     assert (timestep[:, :16] == 0).all() and (timestep[:, 16:] > 0).all()
-    for folder, conditions in ((args.out, set()), (tmp_path / "teacher_i2v", {"first"})):
+    folders = (args.out, set()), (tmp_path / "teacher_i2v", {"first"}), (tmp_path / "teacher_small", set())
+    for folder, conditions in folders:
         model = common.Model(str(folder), world.FRAMES, world.SIZE, world.SIZE)
         assert model.world and set(model.conditions) == conditions
     with pytest.raises(SystemExit, match="vae"):  # nothing is replaced

@@ -1,9 +1,9 @@
 """Train the tiny teachers: Wan-shaped video models of tiny/world.py, small enough for a laptop.
 
-    python tiny/train.py                   # VAE, teacher, image-to-video teacher: hours on two cores, no GPU
+    python tiny/train.py                   # VAE, teachers, a smaller one: hours on two cores, no GPU
     python tiny/train.py --out runs/again/teacher --stages vae teacher
 
-Three stages, each a function of tiny/training/. Each writes folders that stock diffusers loads, for example with
+Four stages, each a function of tiny/training/. Each writes folders that stock diffusers loads, for example with
 `WanPipeline.from_pretrained("runs/tiny/teacher")`.
 """
 
@@ -13,16 +13,17 @@ from typing import Literal
 
 import tyro
 
-from tiny.training.teacher import train_image_to_video, train_teacher
+from tiny.training.teacher import train_image_to_video, train_small, train_teacher
 from tiny.training.vae import train_vae
 
-STAGES = {"vae": train_vae, "teacher": train_teacher, "image-to-video": train_image_to_video}
+STAGES = {"vae": train_vae, "teacher": train_teacher, "image-to-video": train_image_to_video, "small": train_small}
 
 
 @dataclass
 class Args:
-    stages: tuple[Literal["vae", "teacher", "image-to-video"], ...] = ("vae", "teacher", "image-to-video")
-    """What to train; each needs what those before it wrote. The image-to-video teacher is written into <out>_i2v."""
+    stages: tuple[Literal["vae", "teacher", "image-to-video", "small"], ...] = tuple(STAGES)
+    """What to train, from what "vae" and "teacher" wrote. The image-to-video teacher is written into <out>_i2v, one of
+    half the blocks into <out>_small."""
     out: Path = Path("runs/tiny/teacher")
     """Folder of the trained teacher, in the diffusers layout."""
     seed: int = 0
@@ -43,6 +44,8 @@ class Args:
     """Updates of the teacher."""
     i2v_steps: int = 3000
     """Updates of the image-to-video teacher, at half the learning rate."""
+    small_steps: int = 1000
+    """Updates of the smaller teacher, at half the learning rate."""
     batch: int = 32
     """Clips per teacher update."""
     lr: float = 2e-3
@@ -62,6 +65,7 @@ def main(args):
         "vae": args.out / "vae",
         "teacher": args.out / "model_index.json",
         "image-to-video": args.out.with_name(args.out.name + "_i2v"),
+        "small": args.out.with_name(args.out.name + "_small"),
     }
     for stage in args.stages:  # before hours of training
         if written[stage].exists():

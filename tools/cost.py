@@ -55,10 +55,12 @@ WARM = 2  # steps before those that are measured: memory is first allocated, blo
 class Described(common.Model):
     """A teacher's model; of a named one on the Hub without its files."""
 
-    def __init__(self, teacher, frames, height, width, compute=None):
-        if teacher not in PRESETS or teacher in TINY_WORLD:
-            super().__init__(teacher, frames, height, width, compute)
-            return
+    def __init__(self, teacher, frames, height, width, student=None, compute=None):
+        read = teacher not in PRESETS or teacher in TINY_WORLD
+        (super().__init__ if read else self.describe)(teacher, frames, height, width, compute)
+        self.student = Described(student, frames, height, width, None, compute) if student else None
+
+    def describe(self, teacher, frames, height, width, compute):
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
         self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
@@ -78,7 +80,7 @@ described = cache(Described)
 
 def size_of(args):
     """What a Described is made of."""
-    return args.teacher, args.frames, args.height, args.width
+    return args.teacher, *args.size, args.student
 
 
 class Noise(common.Samples):
@@ -104,27 +106,27 @@ class Counting(nn.Module):
     """Stands in for a network. tally.work adds up what a sample takes, in forwards; tally.alive are forwards whose
     backward is to come, tally.graphs the most that were at once.
 
-    whole: a batch's samples times their frames; backward, weights: what a backward costs through the layers, and of the
-    weights.
+    whole: a batch's samples times their frames; costs: of a forward, of a backward through the layers and of the
+    weights, in forwards of the teacher.
     """
 
     width, blocks = 1, ()
 
-    def __init__(self, tally, whole, frame_block, trained, backward, weights):
+    def __init__(self, tally, whole, frame_block, trained, costs):
         super().__init__()
-        self.tally, self.whole, self.frame_block, self.costs = tally, whole, frame_block, (backward, weights)
+        self.tally, self.whole, self.frame_block, self.costs = tally, whole, frame_block, costs
         self.weight = nn.Parameter(torch.ones(1), requires_grad=trained)
 
     def forward(self, x_t, sigma, cond, blocks=()):
         part = len(x_t) * x_t.shape[2] / self.whole  # a causal student's block is one
-        self.tally.work += part
+        self.tally.work += part * self.costs[0]
         weight = 1 * self.weight
         v = weight * x_t
         if v.requires_grad:
             self.tally.alive += part
             self.tally.graphs = max(self.tally.graphs, self.tally.alive)
-            v.register_hook(lambda _: self.passed(-part, part * self.costs[0]))
-            weight.register_hook(lambda _: self.passed(0, part * self.costs[1]))
+            v.register_hook(lambda _: self.passed(-part, part * self.costs[1]))
+            weight.register_hook(lambda _: self.passed(0, part * self.costs[2]))
         return v, [v.mean((1, 2, 3, 4)).view(-1, 1, 1) for _ in blocks]
 
     def passed(self, alive, work):
@@ -176,15 +178,17 @@ def counted(script, args, steps):
     """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards; graphs, the
     most that wait for their backward; roles of the networks; whether samples of the teacher come first.
     """
-    model = copy.copy(described(*size_of(args)))
-    blocks, frames, roles = model.config["num_layers"], model.latent_shape[1], []
+    whole = described(*size_of(args))
+    own, model = whole.student or whole, copy.copy(whole)
+    blocks, frames, roles = own.config["num_layers"], model.latent_shape[1], []
     model.latent_shape, model.text_length, model.text_dim, model.conditions = (1, frames, 1, 1), 1, 1, {}
     tally, works = SimpleNamespace(work=0, alive=0, graphs=0), [0]
 
     def load_network(role, device, frame_block=0, **_):
         roles.append(role)
-        costs = {"backward": 1 + recomputed(args, blocks) / blocks, "weights": role not in args.adapters}
-        return Counting(tally, 2 * frames, frame_block, role in TRAINED, **costs)
+        each = 1 if role == "teacher" else one_forward(own)[1] / one_forward(whole)[1]
+        costs = each, each * (1 + recomputed(args, blocks) / blocks), each * (role not in args.adapters)
+        return Counting(tally, 2 * frames, frame_block, role in TRAINED, costs)
 
     model.load_network, model.reset, model.shard = load_network, lambda network: network, lambda network, _: network
     args = replace(args, batch_size=2, grad_accum=1)  # two, as some losses relate samples
@@ -237,24 +241,27 @@ def figures(script, args, gpus):
     cycle = 2 * args.student_every * phases
     counts = counted(script, replace(args, steps=cycle), cycle)
     model = described(*size_of(args))
-    network, flops, activations = one_forward(model)
-    activations *= len(model.family.parts)  # of two experts both, where a step's noise levels need both
-    parameters, experts = sum(p.numel() for p in network.parameters()), len(model.family.parts) > 1
-    layers = [m for name, m in network.named_modules() if name.endswith(tuple(model.family.lora_layers))]
+    own = model.student or model
+    (network, _, activations), (scores, flops, _) = one_forward(own), one_forward(model)
+    activations *= len(own.family.parts)  # of two experts both, where a step's noise levels need both
+    parameters, frozen = (sum(p.numel() for p in net.parameters()) for net in (network, scores))
+    layers = [m for name, m in network.named_modules() if name.endswith(tuple(own.family.lora_layers))]
     a_rank = sum(layer.in_features + layer.out_features for layer in layers)
     sizes = {role: args.adapters[role][0] * a_rank if role in args.adapters else parameters for role in counts.roles}
-    trained, held = sum(sizes[role] for role in TRAINED), sum(sizes.values()) - sizes["teacher"]
+    base = sizes.pop("base", 0)
+    del sizes["teacher"]
+    trained, held = sum(sizes[role] for role in TRAINED), sum(sizes.values())
 
-    # memory: the teacher, which is the base of the LoRAs, is bf16, all others are float32
+    # memory: the teacher and the base of the LoRAs, often the same, are bf16, all others are float32
     shards, blocks = args.shard_size or gpus, len(network.blocks)
     tokens, again = math.prod(model.latent_shape[1:]) // math.prod(model.patch), recomputed(args, blocks)
     if again:  # of each of these its input, of the others all, and one block's own
         activations = again * tokens * network.width * 2 + (blocks - again + 1) / blocks * activations
     memory = {
-        "weights": (2 * parameters + 4 * held) / shards,
+        "weights": (2 * (frozen + base) + 4 * held) / shards,
         "gradients": 4 * trained / shards,
         "optimizer": 8 * trained / shards,
-        "one unsharded block": 2 * 2 * sum(p.numel() for p in network.blocks[0].parameters()),
+        "one unsharded block": 4 * max(sum(p.numel() for p in net.blocks[0].parameters()) for net in (network, scores)),
         "activations": counts.graphs * args.batch_size * activations,
     }
     if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
@@ -267,10 +274,10 @@ def figures(script, args, gpus):
     step = samples * flops * mean(counts.each)
     first = 2 * args.num_samples * getattr(args, "pair_steps", args.teacher_steps) * counts.samples_first
     return SimpleNamespace(
-        model=model, parameters=parameters, trained=trained, tokens=tokens, flops=flops,
+        model=model, parameters=frozen, trained=trained, tokens=tokens, flops=flops,
         memory=memory, total=sum(memory.values()),
         # networks and optimizers to go on from, and the student whole, one per phase or one of two experts
-        disk=4 * held + 8 * trained + 4 * parameters * (1 if experts else phases),
+        disk=4 * held + 8 * trained + 4 * parameters * (1 if len(own.family.parts) > 1 else phases),
         samples=samples, step=step, seconds=3600 * step / rate,
         hours={"teacher samples": first * flops / rate, f"all {args.steps:,} steps": args.steps * step / rate},
     )  # fmt: skip

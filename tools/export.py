@@ -1,6 +1,7 @@
 """Make of a run what other people's tools load: a folder for stock diffusers, or a LoRA, with a model card.
 
     python tools/export.py runs/dmd2__tiny__0__… exported          # DiffusionPipeline.from_pretrained("exported")
+    python tools/export.py runs/dmd2__tiny__0__… exported --comfyui  # of Wan: exported.safetensors for ComfyUI
     python tools/export.py runs/dmd2__tiny__0__… exported_lora --lora   # pipe.load_lora_weights("exported_lora")
     hf upload USER/NAME exported
 
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCardData
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import common
 from models.presets import PRESETS, TINY_WORLD
@@ -30,16 +31,13 @@ from models.wan import Wan
 from training.files import UserError, read_json, written_aside
 from training.finished import load_run, run_of, student_folders
 from training.flags import RunArgs, one_line_errors
+from training.published import wan_name
 
 SAMPLERS = {
     "renoise": "a video at each noise level, renoised to the next with fresh noise",
     "euler": "Euler steps from each noise level to the next, then to 0",
     "causal": "block by block of latent frames; in each a video at each noise level, renoised to the next",
 }
-WAN_NAMES = (  # diffusers' names of the layers that have a LoRA, and Wan's own
-    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-    ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
-)  # fmt: skip
 
 
 @dataclass
@@ -50,8 +48,10 @@ class Args:
     """Folder for the export. It must not exist, or be empty."""
     lora: bool = False
     """Of a run with --lora-rank: write the LoRA in place of a whole model."""
+    comfyui: bool = False
+    """Of a student of Wan: write one file of weights by Wan's own names, which ComfyUI loads."""
     teacher: str | None = None
-    """Where the teacher is, if its folder moved since the training."""
+    """Where the teacher is, or of a run with --student that one, if its folder moved since the training."""
 
 
 @dataclass
@@ -83,6 +83,10 @@ class Student:
         return "WanImageToVideoPipeline" if name == "WanPipeline" and self.model.conditions else name
 
     @property
+    def is_wan(self):
+        return self.model.family.transformer_class is Wan.transformer_class
+
+    @property
     def why_not_stock(self):
         """Why no stock pipeline samples it; empty if one does."""
         if self.sampler == "causal":
@@ -102,8 +106,8 @@ class Student:
 
     @property
     def hub(self):
-        """(repository, revision) of its teacher on the Hub; empty for a folder, of which nobody knows."""
-        name = self.args.teacher
+        """(repository, revision) on the Hub of what it began as; empty for a folder, of which nobody knows."""
+        name = self.model.name
         return (PRESETS[name].source if name in PRESETS and name not in TINY_WORLD else "").partition("@")[::2]
 
     def part(self, folder):
@@ -115,12 +119,15 @@ def main(args):
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} is there already: give a new or an empty folder")
     script, run_args, checkpoint = load_run(args.run)
-    run_args = replace(run_args, teacher=args.teacher or run_args.teacher)
-    model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
+    model = common.Model(args.teacher or run_args.student or run_args.teacher, *run_args.size)
     folders, levels = student_folders(script, run_args, checkpoint), script.noise_levels(run_args)
     student = Student(script, run_args, checkpoint, model, folders, levels)
     if args.lora and (student.why_not_stock or not run_args.lora_rank):
         raise UserError(f"--lora: {student.why_not_stock or 'this run trained all weights'}")
+    if args.comfyui and (args.lora or student.why_not_stock or not student.is_wan):
+        raise UserError(
+            f"--comfyui: {student.why_not_stock or 'it is for whole students of Wan; a LoRA loads as it is'}"
+        )
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".export") as aside:
@@ -130,12 +137,18 @@ def main(args):
             for number, folder in enumerate(folders):
                 with written_aside(aside / lora_name(folder)) as path:
                     save_file(lora_of(student, number), path, metadata={"format": "pt"})
+        elif args.comfyui:
+            for folder in folders:
+                with written_aside(aside / f"{args.out.name}{part_end(folder)}.safetensors") as path:
+                    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+                    weights = {wan_name(key): value for own in files for key, value in own.items()}
+                    save_file(weights, path, metadata={"format": "pt"})
         else:
             for folder in folders:
                 shutil.copytree(folder, aside / folder.name)
             if not student.why_not_stock:
                 write_pipeline(student, aside)
-        (aside / "README.md").write_text(model_card(student, args.out.name, args.lora))
+        (aside / "README.md").write_text(model_card(student, args.out.resolve(), args.lora, args.comfyui))
         os.replace(aside, args.out)
     print(f"exported to {args.out}; {args.out / 'README.md'} says how to sample it")
     if student.why_not_stock:
@@ -174,8 +187,13 @@ def near_scheduler(student):
     return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last, **kind)
 
 
+def part_end(folder):
+    """The end of the names of files of one transformer: empty or _2, …"""
+    return folder.name.removeprefix("transformer")
+
+
 def lora_name(folder):
-    return f"pytorch_lora_weights{folder.name.removeprefix('transformer')}.safetensors"
+    return f"pytorch_lora_weights{part_end(folder)}.safetensors"
 
 
 def lora_of(student, number):
@@ -191,7 +209,7 @@ def lora_of(student, number):
     )
     if student.sampler == "euler" and number < len(student.folders) - 1:
         role = f"expert_{number}"
-    prefix, wan = f"{role}.lora.{part}/", student.model.family.transformer_class is Wan.transformer_class
+    prefix, wan = f"{role}.lora.{part}/", student.is_wan
     found = reader.read_metadata().state_dict_metadata.items()
     state = {key: torch.empty(x.size, dtype=x.properties.dtype) for key, x in found if key.startswith(prefix)}
     with warnings.catch_warnings(action="ignore"):  # that there is one process
@@ -199,8 +217,7 @@ def lora_of(student, number):
     named = {}
     for key, value in state.items():
         name = key.removeprefix(prefix).replace("/", ".")
-        for theirs, own in WAN_NAMES if wan else ():
-            name = name.replace(theirs, own)
+        name = wan_name(name) if wan else name
         scale = student.args.lora_alpha / student.args.lora_rank if name.endswith("lora_B") else 1
         named[f"{'diffusion_model' if wan else 'transformer'}.{name}.weight"] = scale * value
     return named
@@ -209,7 +226,7 @@ def lora_of(student, number):
 # ------------------------------------------------------------------------------------------------- the model card
 
 
-def model_card(student, name, lora):
+def model_card(student, out, lora, comfyui):
     """The text of README.md: what the Hub reads in its head, and what a reader needs to sample the student."""
     args, model, script = student.args, student.model, student.script.__name__.rpartition(".")[2]
     averaged = f"average of decay {args.ema_decay}" if args.ema_decay else "the student itself"
@@ -224,7 +241,7 @@ def model_card(student, name, lora):
     )
     rows = {
         "method": student.script.__doc__.splitlines()[0],
-        "teacher": student.hub[0] or Path(args.teacher).name,
+        "teacher": not args.student and student.hub[0] or Path(args.teacher).name,
         "trained by": f"{script}.py, {step} steps, commit {note.read_text().strip() if note.is_file() else 'unknown'}",
         "weights": averaged + ", as a LoRA" * lora,
         "sampler": SAMPLERS[student.sampler],
@@ -233,22 +250,24 @@ def model_card(student, name, lora):
         "size": f"{args.frames} frames, {args.height} x {args.width} pixels, {model.fps} frames per second",
     }
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    text = ["---", data.to_yaml(), "---", "", f"# {name}", "", *table, "", "## Use", ""]
-    if student.why_not_stock:
+    text = ["---", data.to_yaml(), "---", "", f"# {out.name}", "", *table, "", "## Use", ""]
+    if comfyui:
+        text += ["For `models/diffusion_models` of ComfyUI. Sample it at cfg 1 and at the noise levels above."]
+    elif student.why_not_stock:
         text += [f"No stock pipeline samples it: {student.why_not_stock}. Here are its transformers."]
     else:
-        text += ["```python", *snippet(student, name, lora), "```", "", *(f"- {line}" for line in notes(student))]
+        text += ["```python", *snippet(student, out, lora), "```", "", *(f"- {line}" for line in notes(student))]
     text += ["", "The teacher's license holds for its student: put it into the head of this file."]
     return "\n".join(text) + "\n"
 
 
-def snippet(student, name, lora):
-    """Lines of Python that sample the export."""
+def snippet(student, out, lora):
+    """Lines of Python that sample the export, to be run in the folder that it is in."""
     args, model, qwen = student.args, student.model, student.pipeline == "QwenImagePipeline"
     repository, revision = student.hub
     lines, more = ["from functools import partial", "", "import diffusers", "import torch", ""], ""
     if lora:
-        base = json.dumps(repository or "TEACHER")
+        base = json.dumps(repository or os.path.relpath(model.folder, out.parent))
         more += f', revision="{revision}"' if revision else ""
         if len(student.folders) > len(model.family.parts):  # a LoRA of each phase on the same weights
             kind = model.family.transformer_class.__name__
@@ -257,9 +276,9 @@ def snippet(student, name, lora):
         more += f", boundary_ratio={student.boundary}" if len(student.folders) > 1 else ""
         lines += [f"pipe = diffusers.{student.pipeline}.from_pretrained({base}{more})"]
         for folder, more in zip(student.folders, ("", ", load_into_transformer_2=True")):
-            lines += [f'pipe.load_lora_weights("{name}", weight_name="{lora_name(folder)}"{more})']
+            lines += [f'pipe.load_lora_weights("{out.name}", weight_name="{lora_name(folder)}"{more})']
     else:
-        lines += [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{name}")']
+        lines += [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out.name}")']
     stochastic = "stochastic_sampling=True" if student.sampler == "renoise" else ""
     lines += [f"pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler({stochastic})"]
     if not qwen:

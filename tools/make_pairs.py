@@ -28,7 +28,7 @@ def main(args):
         raise UserError("say with --pairs in which folder the pairs go")
     out, cache = Path(args.pairs), Path(args.runs_dir) / "cache"
     device = common.init_distributed()
-    model = common.Model(args.teacher, args.frames, args.height, args.width)
+    model = common.Model(args.teacher, *args.size, negative_prompt=args.negative_prompt)
     data = common.load_data(model, args.prompts, args.data, cache, device, args.seed, args.images)
     args = replace(args, teacher_steps=args.pair_steps)
 

@@ -3,9 +3,10 @@
     torchrun --nproc_per_node=8 tools/make_shards.py clips/ shards/ --teacher wan2.1-1.3b
     torchrun --nproc_per_node=8 dmd2.py --data shards/ --teacher wan2.1-1.3b
 
-Beside every video (avi, m4v, mkv, mov, mp4, webm) lies its caption, UTF-8, in a .txt of the same name; or --metadata is
-a table of all. A clip is the first frames of a video at the teacher's frame rate (nearest in time), as ffplay shows
-them, scaled to cover height x width and cropped in the middle, encoded to the posterior's mode.
+Beside every video (avi, m4v, mkv, mov, mp4, webm), for a teacher of images also beside every picture (jpg, png, webp),
+lies its caption, UTF-8, in a .txt of the same name; or --metadata is a table of all. A clip is the first frames of a
+video at the teacher's frame rate (nearest in time), as ffplay shows them, scaled to cover height x width and cropped in
+the middle, encoded to the posterior's mode.
 
 A video that cannot be used is skipped, and skipped.txt beside the shards says why. Run it again after an interruption,
 or with more clips: it encodes those that no shard holds yet.
@@ -23,7 +24,10 @@ from annotated_types import Ge
 
 import common
 import dmd2
+from models.images import SUFFIXES as PICTURES
+from models.images import read_images
 from models.latents import encode
+from tools.video_in.clips import SUFFIXES as VIDEOS
 from tools.video_in.clips import find_clips
 from tools.video_in.video import Unreadable, read_clip
 from training.files import UserError, hashed, opened, read_shard, stamps, write_shard, written_aside
@@ -41,7 +45,7 @@ class Args:
     metadata: Path | None = None
     """Table of videos and captions, in place of .txt files: JSONL, or CSV with a header. Columns: file_name (below the
     folder of clips) and caption."""
-    teacher: str = "wan2.1-1.3b"
+    teacher: str = "tiny"
     """Whose VAE and encoders: a name (docs/teachers.md), or a local folder in the diffusers layout, perhaps :i2v."""
     frames: Annotated[int | None, Ge(1)] = None
     """Frames of a clip; a shorter video is skipped. None: as many as the scripts train on with this teacher."""
@@ -58,7 +62,7 @@ def survey(args, model):
 
     A clip's key is a number of its name, contents and caption and of all settings; shards keep the keys of their clips.
     """
-    clips, skipped = find_clips(args.clips, args.metadata)
+    clips, skipped = find_clips(args.clips, args.metadata, VIDEOS | set(PICTURES if model.size[0] == 1 else ()))
     parts = ("vae", "tokenizer", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
     encoders = stamps([file for part in parts for file in sorted((model.folder / part).glob("*")) if file.is_file()])
     shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
@@ -75,6 +79,8 @@ def survey(args, model):
 
 
 def main(args):
+    if not args.clips.is_dir():  # before a teacher is fetched
+        raise UserError(f"no such folder: {args.clips}")
     device = common.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     recipe = recipe_args(dmd2.Args, teacher=args.teacher)
@@ -93,8 +99,12 @@ def main(args):
         kept, tensors = [], defaultdict(list)
         for number, (_, clip) in enumerate(todo[first : first + args.shard], first):
             try:
-                video = read_clip(args.clips / clip.name, frames, height, width, model.fps)[None]
-            except Unreadable as error:
+                path = args.clips / clip.name
+                if frames == 1 and path.suffix.lower() in PICTURES:
+                    video = read_images([path], height, width)
+                else:
+                    video = read_clip(path, frames, height, width, model.fps)[None]
+            except (Unreadable, UserError) as error:
                 skipped.append((clip.name, str(error)))
                 continue
             kept.append(number)

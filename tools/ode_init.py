@@ -58,7 +58,7 @@ def main(args):
         raise UserError("this student is trained in full: leave out --lora-rank and --fake-lora-rank")
     device = common.init_distributed()
     run = Run(__file__, args, device)
-    model = common.Model(args.teacher, args.frames, args.height, args.width, args.compute)
+    model = common.Model(args.teacher, *args.size, args.compute, args.student, args.negative_prompt)
     shape = model.latent_shape
     model.check(args.frame_block, ())
     data = common.load_data(model, args.prompts, args.data, run.cache, device, args.seed, args.images)
@@ -103,7 +103,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         common.ema_update(ema, student, args.ema_decay)
-        run.log(step, log, total=args.steps)
+        run.log(step, log)
 
     run.finish(preview, stop)
 

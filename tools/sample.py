@@ -91,7 +91,9 @@ def main(args):
     script, run_args, checkpoint = load_run(args.checkpoint)
     own = {name: getattr(args, name) or getattr(run_args, name) for name in ("frames", "height", "width", "batch_size")}
     run_args = replace(run_args, teacher=args.teacher_folder or run_args.teacher, **own)
-    model = common.Model(run_args.teacher, run_args.frames, run_args.height, run_args.width)
+    model = common.Model(
+        run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
+    )
     images, run = first_frames(args.image, model, len(prompts)), run_of(checkpoint) or checkpoint
     out, cache = args.out or run / "samples", run.parent / "cache"
     if out.is_dir() and any(out.iterdir()):
@@ -99,7 +101,7 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
 
     device = common.init_distributed()
-    data, vae = common.encode_text(model, prompts, cache, device, images), model.load_vae(device)
+    data, vae = common.encode_text(model, prompts, cache, device, images), model.load_vae(device, only_decodes=True)
     about = (model, device, script, run_args, checkpoint, args.checkpoint.endswith(":raw"), args.kept_frames)
     samplers = {"": lambda: student_sampler(*about)}
     if args.teacher:

@@ -70,16 +70,17 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
     return latest_checkpoint(path) or path
 
 
-def find_init(runs_dir, teacher, init):
-    """What --init means: that file or folder, or a script's newest finished run on this teacher."""
+def find_init(runs_dir, teacher, init, subject=None):
+    """What --init means: a file or folder that fits this teacher, or a script's newest finished run of a subject."""
     if Path(init).exists():
-        import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for diffusers
-        return Path(init)
+        return import_module("training.published").check(Path(init), teacher)  # by name: --help need not wait for it
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
-    runs = [run for run in runs_of(runs_dir, init, teacher) if latest_checkpoint(run) and last(run).is_dir()]
+    runs = [run for run in runs_of(runs_dir, init, subject or teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
-        asked = f"train it (python {init}.py --teacher {teacher}), or --init another; --init None: from the teacher"
-        raise UserError(f"--init: no file, folder or finished run of {init} on {teacher} in {runs_dir}: {asked}")
+        asked = f"train it (python {init}.py, same teacher), or --init another; --init None: from the teacher"
+        raise UserError(
+            f"--init: no file, folder or finished run of {init} in {runs_dir}, {subject or teacher}: {asked}"
+        )
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 
@@ -134,7 +135,8 @@ def load_init(path, networks, args):
     elif isinstance(student, Adapted):
         raise UserError(f"--init: with --lora-rank the base is the teacher: name a run with that rank, not {path}")
     elif path.is_file():
-        found = import_module("training.published").load(path, networks, args["teacher"])
+        teacher = args["student"] or args["teacher"]
+        found = import_module("training.published").load(path, networks, teacher, args["init_strength"])
     elif all((path / part).is_dir() for part in student.parts):
         for part in student.parts:
             common.put_weights(student, path / part, part)
@@ -157,11 +159,12 @@ def load_networks(checkpoint, networks):
     reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
     known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
     found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
-    for key, value in wanted.items():
-        if key not in known and key.split(".")[0] in found and ".heads." not in key:
+    for key in sorted(known.keys() ^ wanted.keys()):
+        if key.split(".")[0] in found & networks.keys() and ".heads." not in key:
             lora = f"train in full from {checkpoint / 'student' / 'transformer'}, or give both the same LoRA ranks"
             why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
-            raise UserError(f"{checkpoint} does not fit: it has no {key}; {why}")
+            raise UserError(f"{checkpoint} does not fit: {key} is {'unknown' if key in known else 'missing'}; {why}")
+    for key, value in wanted.items():
         if key in known and known[key].size != value.shape:
             raise UserError(f"{checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
     dcp.load({key: value for key, value in wanted.items() if key in known}, storage_reader=reader)

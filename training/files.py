@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+if sys.platform == "win32":  # no fcntl, SIGHUP or symbolic links for all
+    raise SystemExit("error: this runs on Linux; on Windows use WSL: https://learn.microsoft.com/windows/wsl/install")
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what numbers in safetensors may be
 

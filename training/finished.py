@@ -50,7 +50,7 @@ def students_of(model, device, script, args, checkpoint, raw):
 
     raw: the last is the student itself, not its average.
     """
-    folders, students = student_folders(script, args, checkpoint), []
+    folders, students, model = student_folders(script, args, checkpoint), [], model.student or model
     groups = [[folder] for folder in folders] if "phase_ends" in vars(args) else [folders]  # a network each
     block, last = vars(args).get("frame_block", 0), "student" if raw or not args.ema_decay else "ema"
     if last in args.adapters:

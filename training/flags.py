@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import re
+import shutil
 import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
+import textwrap
+from contextlib import contextmanager, suppress
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +26,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from models.presets import PRESETS, TINY_WORLD, name_of
 from models.recipes import recipe
-from training.checkpoints import find_checkpoint
-from training.files import UserError, read_json
+from training.checkpoints import find_checkpoint, find_init
+from training.files import UserError
+from training.start import flag, flags_of, handed_on
 
 
 def rising(interval):
@@ -43,13 +48,19 @@ def falling(sigmas):
 Unit = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Unit, Unit], AfterValidator(rising)]
 Levels = Annotated[tuple[float, ...], AfterValidator(falling)]
+GROUPS = {"teacher": "data", "batch_size": "recipe", "seed": "run", "lora_rank": "compute"}  # of --help, by their first
 
 
-@dataclass(kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+@dataclass(kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True))
 class RunArgs:
     teacher: str = "tiny"
     """Whom to distill: a name (docs/teachers.md), or a local folder in the diffusers layout; FOLDER:i2v for the
     image-to-video of one that does both."""
+    student: str | None = None
+    """Whose weights student and fake score start with, a name or folder as for --teacher: a smaller model of the same
+    latents and text. Else the teacher's."""
+    negative_prompt: str | None = None
+    """Prompt of guidance's other half, in place of the teacher's own (docs/dialects.md)."""
     prompts: str | None = None
     """Text file with one prompt per line. Else the tiny teacher writes its own captions, others get prompts/."""
     images: str | None = None
@@ -78,15 +89,18 @@ class RunArgs:
     runs_dir: str = "runs"
     """Where run folders, and the cache of text embeddings and teacher samples, are written."""
     init: str | None = None
-    """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher. A script's
-    name (dmd2) means its newest finished run on this teacher; students of others: docs/import.md."""
+    """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher; its size,
+    and of a few-step student noise levels, guidance and frame block, hold here too unless given. A script's name (dmd2)
+    means its newest finished run on this teacher; students of others: docs/import.md."""
+    init_strength: float = 1.0
+    """What a LoRA at --init is multiplied with, beside its alpha / rank: a file that asks for less says so."""
     resume: str | None = None
     """Continue exactly: "latest", a run or a checkpoint folder. Its flags stand unless given; keep the global batch."""
-    save_every: PositiveInt = 500
+    save_every: PositiveInt = 50
     """Steps between checkpoints. One is also written at the end and on SIGTERM, SIGINT, SIGHUP, SIGUSR1."""
     keep: NonNegativeInt = 3
     """Checkpoints to keep, newest first; 0 keeps all."""
-    preview_every: NonNegativeInt = 250
+    preview_every: NonNegativeInt = 50
     """Steps between previews (contact sheet, mp4s, scores); 0 for none at all."""
     preview_prompts: PositiveInt = 4
     """Prompts in a preview: the first ones of the data."""
@@ -98,6 +112,8 @@ class RunArgs:
     """Samples that the teacher makes where a method needs pairs or clips and none are given."""
     max_hours: NonNegativeFloat = 4.0
     """Make no samples of the teacher (pairs, or clips where --data is not given) that would take longer than this."""
+    track: bool = False
+    """Log to Weights & Biases too, if it is installed."""
     lora_rank: NonNegativeInt = 0
     """Rank of the student's LoRA on the teacher's attention and feed-forward layers; 0 trains a copy of all weights."""
     fake_lora_rank: NonNegativeInt = 0
@@ -112,8 +128,6 @@ class RunArgs:
     """Attention backend of diffusers (native, flash, sage, …) instead of PyTorch's own choice."""
     shard_size: NonNegativeInt = 0
     """GPUs that share a copy of each network (HSDP), for several machines; 0: all of them share one."""
-    track: bool = False
-    """Log to Weights & Biases too, if it is installed."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -122,8 +136,23 @@ class RunArgs:
         try:
             return check(values)
         except ValidationError as error:
-            flag, got = str(error.errors()[0]["loc"][0]).replace("_", "-"), error.errors()[0]["input"]
-            raise UserError(f"--{flag}: {error.errors()[0]['msg'].lower()}, got {got}") from None
+            name, got = str(error.errors()[0]["loc"][0]), error.errors()[0]["input"]
+            raise UserError(f"{flag(name)}: {error.errors()[0]['msg'].lower()}, got {got}") from None
+
+    @property
+    def has_clips(self):
+        """Whether there are clips without the teacher's making them: those of --data or of the tiny world."""
+        return bool(self.data) or name_of(self.teacher) in TINY_WORLD and not self.prompts
+
+    @property
+    def size(self):
+        return self.frames, self.height, self.width
+
+    @property
+    def subject(self):
+        """What a run's folder is named by: the teacher, or who learns of it."""
+        names = [Path(name).resolve().name for name in (self.student, self.teacher) if name]
+        return "-of-".join(names) if self.student else self.teacher
 
     @property
     def compute(self):
@@ -134,38 +163,73 @@ class RunArgs:
     @property
     def adapters(self):
         """{role: (rank, alpha)} of the networks that are a LoRA on the teacher."""
-        if self.lora_rank and getattr(self, "frame_block", 0):
+        flags = vars(self)
+        if self.lora_rank and flags.get("frame_block"):
             raise UserError("--lora-rank goes without --frame-block: a causal student is no LoRA on this teacher")
-        like_the_student = ("student", "ema", *(f"expert_{i}" for i in range(len(getattr(self, "phase_ends", ())) - 1)))
+        like_the_student = ["student", *(f"expert_{i}" for i in range(len(flags.get("phase_ends", ())) - 1))]
+        like_the_student += ["ema"] if flags.get("ema_decay") else []
         ranks = dict.fromkeys(like_the_student, self.lora_rank) | {"fake_score": self.fake_lora_rank}
         return {role: (rank, self.lora_alpha) for role, rank in ranks.items() if rank}
 
 
 def recipe_args(Args, **flags):
-    """A script's Args for a teacher (models/recipes.py) with `flags` on top: what the command line does."""
+    """A script's Args for a teacher (models/recipes.py) with `flags` on top: what the command line does. Clips
+    that the teacher made cannot correct it, so where there are no others a discriminator must be asked for.
+    """
     script = Path(sys.modules[Args.__module__].__file__).stem.partition("-")[0]  # a variant's file is dmd2-NAME.py
-    return Args(**{**recipe(flags.get("teacher", Args.teacher), script), **flags})
+    args = Args(**{**recipe(flags.get("teacher", Args.teacher), script, flags.get("student")), **flags})
+    off = "gan_weight" in vars(args).keys() - flags.keys() and not args.has_clips
+    return replace(args, gan_weight=0.0) if off else args
 
 
 def parse_args(Args):
-    """Command line -> Args. A flag beats the teacher's recipe, which beats the defaults of Args. For --resume, the args
-    of that run stand in for both.
+    """Command line -> Args. A flag beats what is taken from the run at --init, which beats the teacher's recipe, which
+    beats the defaults of Args. For --resume, the args of that run stand in for all of these.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("teacher", "seed", "runs-dir", "resume"):
+    for name in ("teacher", "student", "seed", "runs-dir", "resume", "init", "data", "prompts"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
-    given = {name: value for name, value in vars(scan.parse_known_args()[0]).items() if value is not None}
-    args = recipe_args(Args, teacher=given.get("teacher", Args.teacher))
+    known, others = scan.parse_known_args()
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    for word in others:
+        if word in PRESETS or re.fullmatch(r"[\d.]+,[\d.,]*", word):
+            raise UserError(
+                f"did you mean {f'--teacher {word}' if word in PRESETS else word.replace(',', ' ').strip()}?"
+            )
+    own = {name: given[name] for name in ("teacher", "student", "data", "prompts") if name in given}
+    args = recipe_args(Args, **own)
+    place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)
     if "resume" in given:
-        place, seed = given.get("runs_dir", args.runs_dir), given.get("seed", args.seed)
-        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.teacher, seed, given["resume"]).parents[1]
-        before = read_json(run / "args.json")
-        before = {key: value for key, value in before.items() if key in vars(args)}
+        seed = given.get("seed", args.seed)
+        run = find_checkpoint(place, Path(sys.argv[0]).stem, args.subject, seed, given["resume"]).parents[1]
+        before = {key: value for key, value in flags_of(run).items() if key in vars(args)}
         args = replace(args, **{**before, "runs_dir": str(run.parent), "resume": None, "track": False})
-    about = (
-        f"{sys.modules[Args.__module__].__doc__}\n{Args.__doc__}\n\nThe values below are for --teacher {args.teacher}."
-    )
-    return tyro.cli(Args, default=args, description=about)
+    elif init not in (None, "None"):
+        with suppress(UserError):  # of what is not there, which the run says
+            before = flags_of(
+                Path(init)
+                if Path(init).exists()
+                else find_init(place, args.student or args.teacher, init, args.subject)
+            )
+            args = replace(args, **{name: before[name] for name in handed_on(before, vars(args))})
+    about = f"{sys.modules[Args.__module__].__doc__}\n{Args.__doc__} The values below are for --teacher {args.teacher}."
+    # tyro joins lines that begin with a letter
+    wide = {"width": shutil.get_terminal_size().columns, "initial_indent": " ", "subsequent_indent": " "}
+    parts = (part if part.startswith(" ") else textwrap.fill(part, **wide) for part in about.split("\n\n"))
+    flags = vars(tyro.cli(grouped(args), description="\n\n".join(parts)))
+    return Args(**{name: value for group in flags.values() for name, value in vars(group).items()})
+
+
+def grouped(args):
+    """What tyro parses: a dataclass of a dataclass for each group of flags, the method's own first."""
+    groups, group, lineage = {"method": []}, None, type(args).__mro__[:-1]
+    for name, known in type(args).__pydantic_fields__.items():
+        group = GROUPS.get(name, group) if name in RunArgs.__pydantic_fields__ else "method"
+        texts = [cls.__pydantic_fields__[name].description for cls in lineage if name in cls.__pydantic_fields__]
+        kind = Annotated[known.annotation, tyro.conf.arg(help=next(filter(None, texts), None))]
+        groups.setdefault(group, []).append((name, kind, field(default=vars(args)[name])))
+    parts = [(group, tyro.conf.OmitArgPrefixes[make_dataclass(group, flags)]) for group, flags in groups.items()]
+    return make_dataclass("Flags", parts)
 
 
 @contextmanager

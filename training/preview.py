@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from tqdm import tqdm
 
 import common
 from models.latents import decode
@@ -28,7 +29,7 @@ class Preview:
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
 
     def decode(self, latents):
-        self.vae = (self.vae or self.model.load_vae(self.run.device)).to(self.run.device)
+        self.vae = (self.vae or self.model.load_vae(self.run.device, only_decodes=True)).to(self.run.device)
         videos = decode(self.vae, latents).cpu()
         self.vae.to("cpu")  # a step needs the GPU's memory
         return videos
@@ -38,7 +39,9 @@ class Preview:
         (rng, cond) -> latents [b, c, f, h, w].
         """
         videos = []
-        for first in range(0, len(self.mine), self.batch_size):
+        for first in tqdm(
+            range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=dist.get_rank() > 0
+        ):
             numbers = self.mine[first : first + self.batch_size]
             cond = self.data.cond_of([number // self.seeds for number in numbers])
             with torch.no_grad():

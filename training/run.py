@@ -31,7 +31,8 @@ from training.checkpoints import (
     runs_of,
     save_weights,
 )
-from training.files import UserError, read_json, written_aside
+from training.files import UserError, written_aside
+from training.start import check_resumed, check_start, flag, flags_of
 
 
 class Run:
@@ -53,45 +54,42 @@ class Run:
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
         args = replace(args, resume=self.restarted(args) or args.resume)
+        if args.init and not args.resume:
+            self.init = find_init(args.runs_dir, args.student or args.teacher, args.init, args.subject)
+            args = replace(args, init=str(self.init))
+        self.args, lines = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str)), ()
         if args.resume:
-            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.teacher, args.seed, args.resume)
+            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.subject, args.seed, args.resume)
             record = check_checkpoint(self.checkpoint)
             self.step, self.world = record["step"], record["world_size"]
-            self.check_resumed(args)
-        elif args.init:
-            self.init = find_init(args.runs_dir, args.teacher, args.init)
-            args = replace(args, init=str(self.init))
-            before = read_json(self.init / "args.json") if (self.init / "args.json").is_file() else {}
-            for name in {"teacher", "student_sigmas"} & before.keys() & vars(args).keys():
-                if list(before[name]) != list(vars(args)[name]) and self.rank == 0:
-                    print(f"warning: {self.init} was trained with other --{name.replace('_', '-')}: {before[name]}")
-        self.args = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str))
-        self.folder = None  # until it is open
+            lines = check_resumed(self.checkpoint.parents[1], self.step, self.args)
+        elif self.init:
+            lines = check_start(self.init, self.args)
+        for line in lines:
+            self.say(line)
+        if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
+            self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
+        self.folder, self.subject = None, args.subject  # until it is open
         check_shared(Path(args.runs_dir))
+        self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
 
     def restarted(self, args):
         """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
         self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
-        runs = runs_of(args.runs_dir, self.script.stem, args.teacher, args.seed)
+        runs = runs_of(args.runs_dir, self.script.stem, args.subject, args.seed)
         ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
         found = [max((str(run) for run in runs if ours(run) and latest_checkpoint(run)), default=None)]
         dist.broadcast_object_list(found)
         return found[0] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
 
-    def check_resumed(self, args):
-        """These args can go on where the checkpoint stopped."""
-        run = self.checkpoint.parents[1]
-        before = read_json(run / "args.json")
-        if before["script"] != self.script.stem:
-            raise UserError(f"--resume: {run} is no run of {self.script.name}; to start from its weights, --init it")
-        if self.step > args.steps:
-            raise UserError(f"--steps {args.steps} is over: {self.checkpoint} has {self.step} steps")
-        for name in ("steps", "phase_ends") if "phase_ends" in before else ():  # they say which expert is trained when
-            if vars(args)[name] != type(vars(args)[name])(before[name]):
-                raise UserError(f"--{name.replace('_', '-')} cannot change in a run with phases, it was {before[name]}")
+    def say(self, line):
+        """Print a line once, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(line)
 
     def load(self, networks, optimizers):
         """Fill networks and optimizers from the checkpoint to resume, else networks from --init."""
+        self.optimizers = optimizers
         if self.checkpoint:
             load_state(self.checkpoint, networks, optimizers)
         elif self.init:
@@ -119,7 +117,7 @@ class Run:
 
     def open_folder(self):
         """The run's folder, made for a new run; None if another process trains in it."""
-        name = run_name(self.script.stem, self.args["teacher"], self.args["seed"])
+        name = run_name(self.script.stem, self.subject, self.args["seed"])
         folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
         while not self.folder:
             try:
@@ -140,12 +138,15 @@ class Run:
 
     def describe(self):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
-        before = read_json(self.checkpoint.parents[1] / "args.json") if self.checkpoint else self.args
+        before = flags_of(self.checkpoint.parents[1]) if self.checkpoint else self.args
         if self.checkpoint:
             print(f"going on from {self.checkpoint}")
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
-                print(f"resuming with --{name.replace('_', '-')} {self.args[name]}, it was {before.get(name)}")
+                print(f"resuming with {flag(name)} {self.args[name]}, it was {before.get(name)}")
+        if self.args["anneal_lr"] and self.args["steps"] != before["steps"]:
+            now, was = (1 - self.step / steps for steps in (self.args["steps"], before["steps"]))
+            print(f"--anneal-lr: by the new --steps learning rates go on at {now:.3g} of their first, not {was:.3g}")
         old = before["batch_size"] * before["grad_accum"] * self.world
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
@@ -153,8 +154,9 @@ class Run:
         if self.step < self.args["steps"]:  # a finished run stays what it was trained with
             with written_aside(self.folder / "args.json") as aside:
                 aside.write_text(json.dumps(self.args, indent=2) + "\n")
-        revision = subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40")
-        (self.folder / "revision.txt").write_text(revision + "\n")
+        words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        known = shutil.which("git") and subprocess.run(words, capture_output=True, text=True).stdout
+        (self.folder / "revision.txt").write_text(known or "unknown\n")
         (self.folder / "launch.txt").write_text(self.launch)
         shutil.copy(self.script, self.folder)
         print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
@@ -165,10 +167,14 @@ class Run:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self.signalled = number, time.monotonic()
+            if self.rank == 0:  # not by print, which may be at work
+                os.write(2, b"\nstopping: this step is finished first, then saved\n")
 
     def stop_signal(self):
         """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank:
-        the clock of time/step begins here."""
+        the clock of time/step begins here, and the progress bar."""
+        if self.rank == 0:
+            self.bar = self.bar or tqdm(initial=self.step, total=self.args["steps"], unit="step", dynamic_ncols=True)
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.started = time.perf_counter()
@@ -180,6 +186,7 @@ class Run:
         students: the networks that a sampler needs, in its order; see checkpoints.py.
         """
         final = self.folder / "checkpoints" / f"step_{step:07d}"
+        self.say(f"saving {final}")
         aside = final.with_name(final.name + ".tmp")
         try:
             writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
@@ -204,7 +211,7 @@ class Run:
         dist.barrier()
         self.started = time.perf_counter()
 
-    def log(self, step, values, total):
+    def log(self, step, values):
         """Write one step's figures (after averaging over ranks) to TensorBoard and the progress bar; time/step is from
         the end of previews and saving to here, where the device has been waited for. Ends the run if a loss or gradient
         norm is not finite: call it before `save`.
@@ -219,10 +226,10 @@ class Run:
                 raise UserError(f"{name} is {value} at step {step}; the last checkpoint is {last or 'none'}")
         if self.rank:
             return
-        self.bar = self.bar or tqdm(initial=self.step, total=total, unit="step", dynamic_ncols=True)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.startswith("loss/")}, refresh=False)
         self.bar.update(step + 1 - self.bar.n)
-        self.scalars(step, values | {"time/step": time.perf_counter() - self.started})
+        rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.scalars(step, values | rates | {"time/step": time.perf_counter() - self.started})
 
     def scalars(self, step, values):
         """Write floats to TensorBoard on rank 0, as they are."""

@@ -190,3 +190,14 @@ def train_image_to_video(args):
     parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
     i2v = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
     i2v.save_pretrained(args.out.with_name(args.out.name + "_i2v"))
+
+
+def train_small(args):
+    """Train every other block of the transformer of <out> on, without those between, and write <out>_small."""
+    pipe = WanPipeline.from_pretrained(args.out)
+    torch.manual_seed(args.seed)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.transformer.blocks = pipe.transformer.blocks[::2]
+    pipe.transformer.register_to_config(num_layers=len(pipe.transformer.blocks))
+    train_transformer(args, pipe, list(pipe.transformer.parameters()), args.small_steps, args.lr / 2)
+    pipe.save_pretrained(args.out.with_name(args.out.name + "_small"))

@@ -1,4 +1,4 @@
-"""Find the videos of a folder and their captions: in .txt files beside them, or in a table (JSONL or CSV)."""
+"""Find videos or pictures of a folder and their captions: in .txt files beside them, or in a table (JSONL or CSV)."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ class Clip(NamedTuple):
     caption: str
 
 
-def find_clips(folder, metadata=None):
+def find_clips(folder, metadata=None, suffixes=SUFFIXES):
     """(clips, skipped): a list of Clip, each once, and a list of (name, reason). metadata: a table of the videos below
-    the folder, see read_table, or None where each has its caption in a .txt file beside it.
+    the folder, see read_table, or None where each file of these suffixes has its caption in a .txt file beside it.
     """
-    rows = read_table(metadata) if metadata else beside(folder)
+    rows = read_table(metadata) if metadata else beside(folder, suffixes)
     clips, skipped = {}, []
     for name, caption in rows:
         caption = " ".join((caption or "").split())
@@ -31,9 +31,9 @@ def find_clips(folder, metadata=None):
     return list(clips), skipped
 
 
-def beside(folder):
+def beside(folder, suffixes):
     """[(video's path below the folder, caption or None)] of all videos in a folder and its subfolders, sorted."""
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     return [(str(path.relative_to(folder)), read_caption(path.with_suffix(".txt"))) for path in videos]
 
 
