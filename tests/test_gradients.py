@@ -12,7 +12,8 @@ from PIL import Image
 import codmd
 import dmd2
 from experiments import gradients, toy2d
-from experiments.gradients import ANY, LEFT, PLACES, THREE, UPPER, Mixture, video
+from experiments.gradients import ANY, LEFT, PLACES, THREE, TWO, UPPER, Mixture, video
+from tests.exact import column
 
 
 def test_the_mixtures_velocity_is_exact():
@@ -30,6 +31,20 @@ def test_the_mixtures_velocity_is_exact():
     x = torch.tensor([[-1.2], [0.1], [2.0]])
     got, _ = mixture.posterior(video(x), torch.zeros(3), {"weights": weights.expand(3, 2)})
     torch.testing.assert_close(got, both.log_prob(x[:, 0]))
+
+
+def test_the_best_discriminators_gradient_is_the_score_difference():
+    """softplus(-D) with D = log p_real - log p_fake has the gradient sigmoid(-D) (score_fake - score_real); that score
+    difference is (1 - sigma) / sigma^2 times the difference of the predictions of x0 (docs/derivations.md).
+    """
+    x_t = video(1.5 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    sigma = torch.linspace(0.2, 0.9, 64)
+    real, fake = (network.posterior(x_t, sigma, {})[0] for network in (TWO, LEFT))
+    (grad,) = torch.autograd.grad(dmd2.gan_student_loss(real - fake) * 64, x_t, retain_graph=True)
+    (scores,) = torch.autograd.grad((fake - real).sum(), x_t)
+    x0_teacher, x0_fake = (dmd2.predict_x0(network, x_t, sigma, {}) for network in (TWO, LEFT))
+    torch.testing.assert_close(column((1 - sigma) / sigma**2) * (x0_fake - x0_teacher), scores, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(column(torch.sigmoid(fake - real)) * scores, grad)
 
 
 @pytest.mark.slow
