@@ -314,7 +314,9 @@ class Samples:
         return self.cond_of([self.row(number) for number in numbers])
 
     def preview_clips(self, prompts, seeds, to_video):
-        """(prompt, seed, clip [3, f, h, w]) of the first prompts, equally many of each, to be shown beside samples."""
+        """Clips [3, f, h, w] of the first prompts, each with its prompt and seed, to be shown beside samples: of each
+        prompt equally many. to_video: latents [b, c, f, h, w] -> clips, one after the other.
+        """
         return ((p, 0, clip) for p in range(prompts) for clip in to_video(self.latents_of([p])))
 
     def measure(self, prompts, clips):

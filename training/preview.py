@@ -24,7 +24,6 @@ class Preview:
         self.run, self.model, self.data = run, model, data
         self.labels, self.seeds, self.batch_size = data.prompts[:prompts], seeds, batch_size
         self.scores, self.shown, self.vae = {}, {}, None
-        self.folder = lambda name: run.folder / "previews" / (name if isinstance(name, str) else f"step_{name:07d}")
         self.total, world = len(self.labels) * seeds, dist.get_world_size()
         each = math.ceil(self.total / world)
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
@@ -69,6 +68,10 @@ class Preview:
         if self.data.has_clips:
             clips = self.data.preview_clips(len(self.labels), self.seeds, self.decode)
             self.score("data", [self.look("data", p, s, clip) for p, s, clip in clips])
+
+    def folder(self, name):
+        """Where the clips of the data, of the teacher, or of the student at a step are written."""
+        return self.run.folder / "previews" / (name if isinstance(name, str) else f"step_{name:07d}")
 
     def look(self, name, p, s, clip):
         """Write clip s of prompt p, the first four of each. Returns what is kept of it: figures, pooled pixels, a
