@@ -30,7 +30,7 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
     "words",
     [
         ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
-        ["make_shards.py", "clips", "shards", "--teacher", "gone"],
+        ["make_shards.py", "gone", "shards"],
         ["cost.py", "dmd2", "--teacher", "gone"],
         ["export.py", "gone", "out"],
     ],
