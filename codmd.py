@@ -112,7 +112,7 @@ def rollout(student, rng, cond, shape, sigmas, x0_data=None):
     noise to the next. Only the last prediction carries gradient. x0_data: the input of that one is these clips, noised.
     """
     start, video = rng.normal(shape), []
-    sigmas = torch.tensor(sigmas, device=start.device)[:, None].expand(-1, len(rng))
+    sigmas = torch.stack([start.new_full((len(rng),), sigma) for sigma in sigmas])
     if x0_data is not None:
         start, sigmas = add_noise(x0_data, start, sigmas[-1]), sigmas[-1:]
     for x_t in student.chunks(start):  # all frames at once, or block by block

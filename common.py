@@ -8,7 +8,7 @@ processes.
 import os
 import warnings
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
 TRAINED = ("student", "fake_score")
+IN_FLOAT32 = ".time_embedder"  # Wan's, also in a bf16 model
 
 # ------------------------------------------------------------------------------------------------- model loading
 
@@ -142,7 +143,7 @@ class Model:
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         for name, parameter in network.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
+            parameter.data = parameter.data.to(torch.float32 if ".lora_" in name or IN_FLOAT32 in name else dtype)
             parameter.requires_grad_(role in TRAINED)
         prepare(network, transformers, **self.compute)
         self.shard(network, device)
@@ -153,25 +154,32 @@ class Model:
         self.reset(network)
         return network
 
-    def shard(self, network, device):
-        """FSDP2, in place: every one of `network.blocks` is a unit, the rest is the root's. Returns the network. Groups
-        of --shard-size ranks hold it once each. A single process on the CPU has nothing to shard.
-        """
+    @cached_property
+    def mesh(self):
+        """All ranks, for FSDP2: one for all networks. Groups of --shard-size ranks hold each network once."""
         world = dist.get_world_size()
         together = self.shard_size or world
         if world % together:
             raise UserError(f"--shard-size must divide the {world} processes, got {together}")
-        if device.type == "cpu" and world == 1:
+        sizes, names = (world // together, together), ("replicate", "shard")
+        first = int(together == world)  # then there is nothing to replicate
+        return init_device_mesh(local_device().type, sizes[first:], mesh_dim_names=names[first:])
+
+    def shard(self, network, device):
+        """FSDP2, in place: every one of `network.blocks` is a unit, what stays float32 is one, the rest is the root's.
+        Returns the network. A single process on the CPU has nothing to shard.
+        """
+        if device.type == "cpu" and dist.get_world_size() == 1:
             return network
         bf16 = torch.bfloat16 if device.type == "cuda" else None
         # inputs are cast by the family's forward, which keeps the timestep in float32
         policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        sizes, names = (world // together, together), ("replicate", "shard")
-        first = int(together == world)  # then there is nothing to replicate
-        mesh = init_device_mesh(device.type, sizes[first:], mesh_dim_names=names[first:])
+        for name, module in network.named_modules():
+            if name.endswith(IN_FLOAT32):
+                fully_shard(module, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         for block in network.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(network, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        return fully_shard(network, mesh=self.mesh, mp_policy=policy)
 
     def reset(self, network):
         """Give a network of `load_network` the weights of its folder (again); heads on it stay as they are."""
@@ -276,6 +284,11 @@ class SampleRNG:
         return torch.stack([torch.rand((), generator=g, device=g.device) for g in self.generators])
 
 
+def on_device(x, device):
+    """A tensor of the CPU on the device; a copy to a GPU is waited for by what reads it there, and not here."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 class Samples:
     """Training samples by number, any number: prompts, what the network reads of them, and perhaps clips.
 
@@ -301,8 +314,10 @@ class Samples:
         return self.cond_of([self.row(number) for number in numbers])
 
     def preview_clips(self, prompts, seeds, to_video):
-        """Clips [p, s, 3, f, h, w] of the first prompts, to be shown beside samples."""
-        return to_video(self.latents_of(range(prompts))).unsqueeze(1)
+        """Clips [3, f, h, w] of the first prompts, each with its prompt and seed, to be shown beside samples: of each
+        prompt equally many. to_video: latents [b, c, f, h, w] -> clips, one after the other.
+        """
+        return ((p, 0, clip) for p in range(prompts) for clip in to_video(self.latents_of([p])))
 
     def measure(self, prompts, clips):
         """What a world whose truth is known reads of clips [p, s, 3, f, h, w]: {name: float}."""
@@ -360,7 +375,7 @@ class Shards(Samples):
         for out, (path, i) in zip(text, (self.rows[row] for row in rows), strict=True):
             tokens = opened(path).get_tensor(f"{i}.text")[: len(out)]
             out[: len(tokens)] = tokens
-        return {"text": text.to(self.device)} | {key: self.latents_of(rows, key) for key in self.conditions}
+        return {"text": on_device(text, self.device)} | {key: self.latents_of(rows, key) for key in self.conditions}
 
     def latents(self, numbers, key="latents"):
         """Latents (noise, a condition) of samples, [b, c, f, h, w] float32 on the device."""
@@ -368,7 +383,7 @@ class Shards(Samples):
 
     def latents_of(self, rows, key="latents"):
         picked = [read_sample(path, f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
-        return torch.stack(picked).float().to(self.device)
+        return on_device(torch.stack(picked).float(), self.device)
 
 
 def load_data(model, prompts, data, cache, device, seed, images=None):

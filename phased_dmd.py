@@ -145,7 +145,7 @@ def rollout(experts, rng, cond, shape, sigmas, x0_data=None):
     """
     x_t = rng.normal(shape)
     networks = [next(network for end, network in experts.items() if sigma > end) for sigma in sigmas[:-1]]
-    sigmas = torch.tensor(sigmas, device=x_t.device)
+    sigmas = torch.stack([x_t.new_full((), sigma) for sigma in sigmas])
     if x0_data is not None:
         x_t, sigmas, networks = add_noise(x0_data, x_t, sigmas[-2].expand(len(rng))), sigmas[-2:], networks[-1:]
     with torch.no_grad():

@@ -122,6 +122,8 @@ def rounded(x):
 
 TWO = Mixture([[-1.2, 0.0], [1.2, 0.0]], 0.35)
 LEFT = Mixture([[-1.2, 0.0]], 0.35)
+THREE = Mixture([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]], 0.4)
+UPPER, ANY = {"weights": torch.eye(3)[2:].add(1e-9)}, {"weights": torch.ones(1, 3) / 3}
 PLACES, LEVELS = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 14)] * 2).flip(1), (0.9, 0.6, 0.3)
 
 
@@ -169,8 +171,7 @@ def mode_seeking(out):
 
 def guidance(out):
     """A prompt names the upper of three modes: students after training with guidance 1, 2 and 4."""
-    teacher = Mixture([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]], 0.4)
-    cond, null_cond = {"weights": torch.eye(3)[2].add(1e-9).expand(512, 3)}, {"weights": torch.ones(1, 3) / 3}
+    teacher, cond, null_cond = THREE, {"weights": UPPER["weights"].expand(512, 3)}, ANY
     (figure, axes), ends = panels(3), {}
     for axis, scale in zip(axes, (1.0, 2.0, 4.0)):
         student = Mixture([[0.0, 0.6]], [0.5, 0.5])

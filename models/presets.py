@@ -67,6 +67,12 @@ PIPELINES = {
 }  # fmt: skip
 
 
+def needs_gpu(teacher):
+    """Whether training would take weeks on a CPU: by name all but the tiny teachers, of folders those above 1 GB."""
+    files = Path(teacher.removesuffix(":i2v")).glob("transformer/*.safetensors")
+    return teacher in PRESETS.keys() - TINY_WORLD or sum(path.stat().st_size for path in files) > 1e9
+
+
 def family_name(folder, teacher):
     """The file and class in models/ that read a folder in the diffusers layout, for what --teacher asks of it."""
     if teacher in PRESETS:

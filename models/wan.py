@@ -80,7 +80,7 @@ class Wan(nn.Module):
     def text_encoder(cls, folder, device):
         """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU, without padding."""
         dtype, length = torch.bfloat16 if device.type == "cuda" else torch.float32, cls.text_length(folder)
-        encoder = cls.text_encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+        encoder = cls.text_encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, device_map=device)
         embed = cls.text_embedder(folder, cls.tokenizer(folder), encoder)
 
         @torch.no_grad()

@@ -28,19 +28,21 @@ class WanExperts(Wan):
         high = sigma >= self.boundary
         needed = torch.stack([high.any(), ~high.all()]).int()
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
-        total = None
-        for expert, mine, run in zip(experts, (high, ~high), needed.tolist()):
+        read = torch.cat([needed, high.int()]).tolist()  # the only wait for the device
+        outputs, idle = [None] * len(sigma), [0] * (1 + len(blocks))
+        for expert, run, side in zip(experts, read, (1, 0)):
             if not run:
                 continue
+            rows = [i for i, own in enumerate(read[2:]) if own == side]
             # where none of this rank's samples is this expert's, it runs on the first, for nothing
-            rows = mine.nonzero()[:, 0] if mine.any() else needed.new_zeros(1, dtype=torch.long)
-            v, features = expert(x_t[rows], sigma[rows], {key: x[rows] for key, x in cond.items()}, blocks)
-            parts = []
-            for part in (v, *features):
-                weight = mine[rows].view(-1, *[1] * (part.ndim - 1)).to(part.dtype)
-                parts.append(part.new_zeros(len(sigma), *part.shape[1:]).index_add(0, rows, part * weight))
-            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        return total[0], total[1:]
+            pick = lambda x, rows=rows: torch.stack([x[i] for i in rows or [0]])
+            v, features = expert(pick(x_t), pick(sigma), {key: pick(x) for key, x in cond.items()}, blocks)
+            for i, *own in zip(rows, v, *features):
+                outputs[i] = own
+            if not rows:  # the backward of each output must run here too
+                idle = [0 * part.sum() for part in (v, *features)]
+        v, *features = (torch.stack(part) + zero for part, zero in zip(zip(*outputs), idle))
+        return v, features
 
 
 class WanI2VExperts(WanExperts, WanI2V):

@@ -95,7 +95,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         "found = load_networks(path, networks)": "load_networks(path, {'student': student})",
     }),
     ("training/checkpoints.py", "tests/test_runs.py -k saving", {"value.zero_() if new else value": "value"}),
-    ("training/checkpoints.py", "tests/test_adapters.py -k exported", {"value.to(torch.float32, copy=True)": "value"}),
+    ("training/checkpoints.py", "tests/test_adapters.py -k exported", {".to(torch.float32, copy=True)": ""}),
     ("training/run.py", "tests/test_runs.py -k finite", {
         "if not math.isfinite(value):": "if False:", "purge_step=self.step": "purge_step=0",
     }),
@@ -104,7 +104,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
     ("training/run.py", "tests/test_phased_dmd.py -k student", {"load_init(self.init, networks, self.args)": "pass"}),
     ("training/run.py", f"{MAINS} phased", {"students[i if phased else 0]": "students[0]"}),
     ("training/preview.py", f"{MAINS} dmd2", {"number // self.seeds": "number % self.seeds"}),
-    ("training/preview.py", "tests/test_runs.py -k preview", {"(gathered, dim=1)": "(gathered)"}),
+    ("training/preview.py", "tests/test_runs.py -k preview", {"found[number] for number in range(self.total)": "found[number] for number in found"}),
     ("training/samples.py", "tests/test_common.py -k teachers_own", {
         "model.latent_shape, model.negative_prompt, ": "model.latent_shape, ",
         "data.seed, solver_settings(args))": "data.seed)",
@@ -138,8 +138,9 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         'student.sampler == "renoise"}': "True}", 'role = f"expert_{number}"': "pass",
     }),
     ("tools/cost.py", "tests/test_cost.py", {
-        "8 * trained / shards": "4 * trained / shards", "1 + recomputed(args, blocks) / blocks": "1",
-        "counts.graphs * args.batch_size": "args.batch_size",
+        "8 * trained / shards": "4 * trained / shards", "own, recomputed(args, blocks) / blocks": "own, 0",
+        "(counts.graphs * graph + one_block)": "(graph + one_block)", "(2.5 + self": "(2 + self",
+        "reach = (self.before + x_t.shape[2]) / self.frames": "reach = 1",
     }),
     ("tools/sample.py", "tests/test_sample.py", {"cond_of([p for p, _": "cond_of([0 for p, _"}),
     ("tools/make_pairs.py", "tests/test_tools.py", {"args = replace(args, teacher_steps=args.pair_steps)": "pass"}),

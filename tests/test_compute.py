@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmd2
 from models.presets import PRESETS
@@ -43,6 +44,32 @@ def test_attention(monkeypatch):
     near(gradients(), gradients(attention="_native_math"))
     assert len(used) == 12, "self- and cross-attention of six blocks"
     assert registry._active_backend == before, "other networks of this process have their own"
+
+
+class Attentions(TorchDispatchMode):
+    """Counts calls of attention, not of its backward."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += "attention" in str(func) and "backward" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_self_attention_that_is_kept_is_not_run_again():
+    """Of six blocks; cross-attention is."""
+    counts, found = [], []
+    for keep in (False, True):
+        with Attentions() as attentions:
+            found.append(gradients(gradient_checkpointing=1, keep_attention=keep))
+        counts.append(attentions.calls)
+    near(*found)
+    assert counts == [24, 18]
+
+
+@pytest.mark.parametrize("name", ["sage", "_flash_3"])
+def test_attention_without_a_gradient_is_refused(fails, name):
+    fails(lambda: loaded(attention=name), f"--attention {name}")
 
 
 @pytest.mark.slow

@@ -29,12 +29,12 @@ def figures(script, gpus=8, **flags):
 
 @pytest.mark.parametrize(
     ("script", "flags", "gib", "flops", "disk", "hours"),
-    [  # as commit 7233420 printed them, which had a table of each script's updates, tested against real steps
-        (dmd, {}, 13.572, 2.8979e17, 42.289, 2.5156),
-        (dmd2, {"gan_weight": 0.0}, 13.572, 1.4852e17, 42.289, 0),
-        (dfd, {}, 12.911, 2.8979e16, 37.003, 2.5156),
-        (codmd, {}, 13.572, 1.4852e17, 42.289, 0),
-        (phased_dmd, {}, 10.512, 1.449e17, 28.061, 0),
+    [  # disk and hours as commit 7233420 printed them, which had a table of each script's updates
+        (dmd, {}, 13.424, 3.0908e17, 42.289, 2.5156),
+        (dmd2, {"gan_weight": 0.0}, 13.424, 1.5623e17, 42.289, 0),
+        (dfd, {}, 12.763, 3.0908e16, 37.003, 2.5156),
+        (codmd, {}, 13.424, 1.5623e17, 42.289, 0),
+        (phased_dmd, {}, 10.984, 1.5518e17, 28.061, 0),
     ],
 )
 def test_known_figures(script, flags, gib, flops, disk, hours):
@@ -44,23 +44,49 @@ def test_known_figures(script, flags, gib, flops, disk, hours):
     assert run.seconds == pytest.approx(flops / (8 * 4e14), rel=1e-3)
 
 
+REHEARSED = [  # GiB per GPU of runs on tensors without content, at commit 2d5192d; blocks, if fewer
+    ("wan2.1-1.3b", 0, dmd2, 8, {"gan_weight": 3e-3}, 18.0),
+    ("wan2.1-1.3b", 0, dmd2, 1, {"gan_weight": 0.0}, 52.3),
+    ("wan2.1-1.3b", 0, dmd2, 1, {"lora_rank": 64, "fake_lora_rank": 64, "gan_weight": 3e-3}, 16.8),
+    ("wan2.1-1.3b", 0, dmd2, 1, {"frame_block": 3, "gan_weight": 0.0}, 57.1),
+    ("wan2.1-14b", 0, dmd2, 8, {"gan_weight": 3e-3}, 104),
+    ("wan2.2-a14b", 2, dmd2, 8, {"gan_weight": 0.0}, 26.3),
+    ("wan2.2-5b-i2v", 2, codmd, 8, {}, 15.0),
+]
+
+
+@pytest.mark.parametrize(("teacher", "blocks", "script", "gpus", "flags", "gib"), REHEARSED)
+def test_memory_is_that_of_the_rehearsal(monkeypatch, teacher, blocks, script, gpus, flags, gib):
+    config = PRESETS[teacher].config | ({"num_layers": blocks} if blocks else {})
+    monkeypatch.setitem(PRESETS, teacher, PRESETS[teacher]._replace(config=config))
+    monkeypatch.setattr(cost, "described", cost.Described)
+    assert figures(script, gpus, teacher=teacher, **flags).total / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+B = 2 + 0.5 / 2  # a backward without recomputed blocks: 2 forwards, and of attention, half of it, 2.5
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "work"),
-    [  # a step of the fake score, and 1 / student_every of one of the student; a backward is 2 forwards
-        (dmd, {"student_every": 1}, (1 + 1 + 2) + (2 + 1 + 2 + 2 * 2)),
-        (dmd2, {"gan_weight": 0.0}, (2.5 + 1 + 2) + (2.5 + 1 + 2 + 2) / 5),
-        (dmd2, {"gan_weight": 0.0, "student_input": "data"}, (1 + 1 + 2) + (1 + 1 + 2 + 2) / 5),
-        (dmd2, {"gan_weight": 0.0, "lora_rank": 4, "fake_lora_rank": 4}, (2.5 + 1 + 1) + (2.5 + 1 + 2 + 1) / 5),
-        (dmd2, {"gan_weight": 0.0, "gradient_checkpointing": 3}, (5.5 + 1 / 3) + (7.5 + 1 / 3) / 5),
-        (dmd2, {"gan_weight": 0.0, "frame_block": 1}, (2.5 + 4 / 5 + 3) + (2.5 + 4 / 5 + 5) / 5),
-        (phased_dmd, {"phase_ends": (0.5, 0.0), "student_sigmas": (1.0, 0.9, 0.75, 0.5)}, (3 + 3) + (3 + 5) / 5),
+    [  # a step of the fake score, and 1 / student_every of one of the student
+        (dmd, {"student_every": 1}, (2 + B) + (5 + 2 * B)),
+        (dmd2, {"gan_weight": 0.0}, (3.5 + B) + (5.5 + B) / 5),
+        (dmd2, {"gan_weight": 0.0, "student_input": "data"}, (2 + B) + (4 + B) / 5),
+        (dmd2, {"gan_weight": 0.0, "lora_rank": 4, "fake_lora_rank": 4}, (3.5 + B - 0.5) + (5.5 + B - 0.5) / 5),
+        (dmd2, {"gan_weight": 0.0, "gradient_checkpointing": 3}, (3.5 + B + 1 / 3) + (5.5 + B + 1 / 3) / 5),
+        (dmd2, {"gan_weight": 0.0, "gradient_checkpointing": 1, "keep_attention": True}, (4 + B) + (6 + B) / 5),
+        # of five frames each attends to itself and those before: .3 of attention, without the last .2, and .4 of others
+        (dmd2, {"gan_weight": 0.0, "frame_block": 1}, (2.5 * 0.8 + 0.6 + 1 + B) + (2.5 * 0.8 + 0.6 + 3 + 1.75) / 5),
+        (phased_dmd, {"phase_ends": (0.5, 0.0), "student_sigmas": (1.0, 0.9, 0.75, 0.5)}, (4 + B) + (6 + B) / 5),
     ],
 )
 def test_what_a_step_runs(script, flags, work):
-    """In forwards of a sample. Rollouts of four steps take 2.5, of phases of three steps and one 2 and 4."""
+    """In forwards of a sample, half of which are attention. Rollouts of four steps take 2.5, of phases of three steps
+    and one 2 and 4. A LoRA's backward lacks the gradient of the weights.
+    """
     args = recipe_args(script.Args, **{"gradient_checkpointing": 0, **flags})
     steps = 2 * args.student_every * len(getattr(args, "phase_ends", (0,)))
-    counts = cost.counted(script, cost.replace(args, steps=steps), steps)
+    counts = cost.counted(script, cost.replace(args, steps=steps), steps, attention=0.5)
     assert (counts.graphs, sum(counts.each) / steps) == pytest.approx((1, work))
     assert counts.roles.count("expert_0") == len(getattr(args, "phase_ends", (0,))) - 1
 
@@ -73,7 +99,7 @@ def test_flops_are_those_that_pytorch_counts_in_real_steps():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cost.run_steps(script, args, model, device, 4, lambda: counted.append(counter.get_total_flops()))
     forward = args.batch_size * cost.one_forward(cost.described(*cost.size_of(args)))[1]
-    expected = [forward * work for work in cost.counted(script, args, 4).each]
+    expected = [forward * work for work in cost.counted(script, args, 4, attention=0.0).each]
     assert [b - a for a, b in zip([0, *counted], counted)] == pytest.approx(expected, rel=0.08)
 
 
@@ -101,7 +127,8 @@ def test_memory_of_weights(flags, weights, trained):
     assert run.memory["weights"] == pytest.approx(weights / 2, rel=1e-3) and run.trained == pytest.approx(
         trained, rel=1e-3
     )
-    assert (run.memory["gradients"], run.memory["optimizer"]) == (2 * run.trained, 4 * run.trained)
+    assert run.memory["optimizer"] == 4 * run.trained
+    assert run.memory["gradients"] == pytest.approx(2 * (WAN if trained > WAN else LORA), rel=1e-3)  # of one at a time
 
 
 def test_a_smaller_student():
@@ -115,7 +142,7 @@ def test_a_smaller_student():
         small.memory["activations"],
     )
     assert both.memory["weights"] == pytest.approx((2 * big.parameters + 12 * WAN) / 8, rel=1e-3)
-    work = 5.5 + (5.5 + 2 * big.flops / small.flops) / 5
+    work = small.step / small.samples / small.flops + 2 / 5 * (big.flops / small.flops - 1)
     assert both.step == pytest.approx(both.samples * small.flops * work)
     both = figures(dmd2, teacher="wan2.1-14b", student="wan2.1-1.3b", lora_rank=64, fake_lora_rank=64, **flags)
     assert both.memory["weights"] == pytest.approx((2 * (big.parameters + WAN) + 12 * LORA) / 8, rel=1e-3)
@@ -126,8 +153,8 @@ def test_memory_of_recomputed_blocks_and_of_a_causal_past():
     memory = lambda **flags: figures(dmd2, teacher="wan2.1-1.3b", gan_weight=0.0, **flags).memory
     none, every, half = (memory(gradient_checkpointing=n)["activations"] for n in (0, 1, 2))
     kept = 32760 * 1536 * 2
-    assert every == pytest.approx(30 * kept + none / 30, rel=1e-3)
-    assert half == pytest.approx(15 * kept + 16 * none / 30, rel=1e-3)
+    assert every == pytest.approx(30 * kept + none / 30, rel=0.07)  # beside what is in no block
+    assert half == pytest.approx(15 * kept + 16 * none / 30, rel=0.02)
     # seven turns of 4,680 tokens; a layer that is not recomputed also keeps what turn k read, all before it
     turn = 2 * 1536 * 2 * 4680
     past = lambda **flags: memory(frame_block=3, **flags)["past of the blocks"]
@@ -170,9 +197,9 @@ def test_every_teacher_on_the_hub_is_measured_without_its_files(monkeypatch, cap
 
 def test_the_command_line(monkeypatch, capsys, fails):
     for words, said in (
-        (["dmd2", "--teacher", "wan2.1-1.3b", "--data", "shards"], "24 GB does not fit, 48 GB fits, 80 GB fits"),
+        (["dmd2", "--teacher", "wan2.1-1.3b", "--gpus", "4", "--data", "shards"], "24 GB does not fit, 48 GB fits"),
         (["dmd2", "--teacher", "wan2.1-1.3b", "--gpus", "1"], "x 1 GPUs = 8"),
-        (["dmd2", "--teacher", "wan2.1-1.3b", "--gan-weight", "0"], "13.572 GiB"),
+        (["dmd2", "--teacher", "wan2.1-1.3b", "--gan-weight", "0"], "13.424 GiB"),
         (["phased_dmd", "--measure", "2", "--batch-size", "1"], "TFLOP/s"),
     ):
         monkeypatch.setattr(sys, "argv", ["cost.py", *words])

@@ -15,7 +15,7 @@ from PIL import Image
 import common
 import dmd2
 import phased_dmd
-from experiments import evidence, evidence_runs, variant
+from experiments import evidence, evidence_runs, hunt, variant
 from tests.conftest import ROOT, only_run, same, small_args, student_weights
 from tests.exact import COND, ScaleShift, draws
 from tiny import measures
@@ -134,6 +134,21 @@ def test_a_variants_run_keeps_its_source_and_is_found_again(tmp_path):
     script.main(small_args(script, runs_dir=tmp_path, steps=1, init=None))
     run = only_run(tmp_path, script)
     assert (run / "dfd-regression.py").read_text() == Path(script.__file__).read_text() and load_run(run)[0] is script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", range(1, 8))
+def test_a_hunted_bug_shows_in_a_curve(tmp_path, monkeypatch, bug):
+    """Beside the healthy script on one process. Bug 6 has no curve: its ranks wait for each other in vain."""
+    monkeypatch.setattr(hunt, "OUT", tmp_path)
+    monkeypatch.setattr(hunt, "FLAGS", "--steps 4 --student-every 1 --gan-weight 0 --ema-decay 0 --preview-every 0")
+    if bug == 6:
+        with pytest.raises(SystemExit, match="hunt_6 has not reached its end"):
+            hunt.both(bug)
+        return
+    _, healthy, broken = hunt.both(bug)
+    losses = [tag for tag in healthy if tag.startswith(("loss", "grad"))]
+    assert max(abs(broken[tag][1] / healthy[tag][1] - 1).max() for tag in losses) > 0.05
 
 
 def test_vanilla_gives_the_gradient_of_all_steps():

@@ -89,6 +89,7 @@ class Watch:
         monkeypatch.setattr(Run, "log", watched_log)
         monkeypatch.setattr(Preview, "write", watched_write)
         monkeypatch.setattr(Preview, "decode", lambda preview, latents: latents)
+        monkeypatch.setattr(Preview, "look", lambda *_: None)
         monkeypatch.setattr(Preview, "score", lambda *_: None)
         monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
 

@@ -277,6 +277,46 @@ def test_two_ranks_train_as_one(folders, tmp_path):
             assert apart**0.5 <= 2e-4 * far**0.5, f"{place}, {part}"
 
 
+def in_bf16(runs, told):
+    """`train_all` as a GPU would: bf16 in the blocks. Writes down the dtypes of Wan's blocks and time embedders."""
+    policy, load, seen = common.MixedPrecisionPolicy, common.Model.load_network, set()
+    bf16 = lambda **flags: policy(**flags | ({"param_dtype": torch.bfloat16} if "param_dtype" in flags else {}))
+
+    def watched(model, role, *args, **named):
+        network = load(model, role, *args, **named, **({"dtype": torch.bfloat16} if role == "teacher" else {}))
+        for last in (".to_q", ".time_embedder.linear_1"):
+            note = lambda module, args, last=last: seen.add(f"{last} {args[0].dtype} {module.weight.dtype}")
+            for _, module in filter(lambda named: named[0].endswith(last), network.named_modules()):
+                module.register_forward_pre_hook(note)
+        return network
+
+    with (
+        mock.patch.multiple(common, MixedPrecisionPolicy=bf16),
+        mock.patch.object(common.Model, "load_network", watched),
+    ):
+        train_all(runs)
+    told.write_text(" ".join(sorted(seen)))
+
+
+BF16 = [(dmd2, name, {}) for name in OTHERS] + [(script, "wan", {}) for script in SCRIPTS]
+BF16 += [(dmd2, "wan", {"lora_rank": 2, "fake_lora_rank": 2}), (dmd2, "wan", {"frame_block": 1, "gan_weight": 0.0})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "name", "flags"), BF16)
+def test_the_cpu_stands_for_a_gpu(folders, tmp_path, script, name, flags):
+    """Two ranks in bf16, and one of the runs in two parts: the same end, to the bit."""
+    flags = {"batch_size": 1, "preview_every": 0, "keep_attention": script is dmd2, **flags}
+    args = lambda place, **more: args_of(script, name, folders, tmp_path / place, **flags, **more)
+    parts = [args("parts", steps=2), args("parts", resume="latest")] if (script, name) == (dmd2, "wan") else []
+    on_ranks(2, in_bf16, [(script.__name__, own) for own in (args("whole"), *parts)], tmp_path / "told")
+    wan, told = "wan" in name, (tmp_path / "told").read_text()
+    float32 = ".time_embedder.linear_1 torch.float32 torch.float32 " * wan
+    assert told == f"{float32}.to_q torch.bfloat16 torch.bfloat16"
+    ends = [state_of(tmp_path / place, 4, script) for place in ("whole", *(["parts"] if parts else []))]
+    assert same(ends[0], ends[-1])
+
+
 # ------------------------------------------------------------------------------------------------------- folders
 
 

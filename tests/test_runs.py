@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -27,10 +28,11 @@ import dfd
 import dmd
 import dmd2
 import phased_dmd
+from models.presets import needs_gpu
 from models.recipes import RECIPES
 from tests.conftest import ROOT, checkpoint_of, distance, only_run, same, small_args, state_of, student_weights
 from tests.ranks import end_of, on_ranks, run_program, start
-from training.checkpoints import find_checkpoint, find_init, flat_state, latest_checkpoint, load_init
+from training.checkpoints import find_checkpoint, find_init, flat_state, latest_checkpoint, load_init, save_state
 from training.files import UserError
 from training.finished import load_run
 from training.flags import one_line_errors, parse_args, recipe_args
@@ -83,6 +85,8 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path, capsys):
     assert steps["loss/student"] == steps["grad_norm/student"] == steps["loss/regression"] == [0, 2]
     assert steps["preview/diversity"] == [0, 2, 3] and steps["preview_teacher/right"] == [0]
     student = WanTransformer3DModel.from_pretrained(latest_checkpoint(run) / "student", subfolder="transformer")
+    (written,) = (latest_checkpoint(run) / "student" / "transformer").glob("*.safetensors")
+    assert written.stat().st_mode & 0o777 == (run / "args.json").stat().st_mode & 0o777
     state = state_of(tmp_path, 3)
     assert all(torch.equal(x, state[f"ema.transformer.{key}"]) for key, x in student.state_dict().items())
 
@@ -91,7 +95,8 @@ def clips_of_a_preview(path):
     run, data = SimpleNamespace(device=common.init_distributed()), SimpleNamespace(prompts="abcd", seed=0)
     data.cond_of = lambda rows: torch.tensor(rows).view(-1, 1, 1, 1, 1)
     preview = Preview(run, None, data, prompts=3, seeds=3, batch_size=2)
-    preview.decode, preview.score = lambda latents: latents, lambda _, clips: torch.save(clips, path)
+    preview.decode, preview.look = lambda latents: latents, lambda name, p, s, clip: clip
+    preview.score = lambda _, found: torch.save(torch.stack(found).unflatten(0, (3, 3)), path)
     preview.write(0, lambda rng, cond: rng.normal((1, 1, 1, 1)) + cond)
     dist.destroy_process_group()
 
@@ -121,6 +126,59 @@ def test_resume_is_exact(tmp_path, script, step, flags):
     train(script, runs_dir=tmp_path / "parts", resume=middle, **flags)
     whole, parts = (state_of(tmp_path / name, flags["steps"], script) for name in ("whole", "parts"))
     assert same(whole, parts) and not same(whole, state_of(tmp_path / "whole", step, script))
+
+
+def resident(function):
+    """By how much this process grew in memory, at most, while it called a function."""
+    read = lambda name: 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
+def test_saving_and_previews_hold_little_in_memory(tmp_path):
+    """A checkpoint a part of one network, of seven that it holds; a preview three of its sixteen clips."""
+    network = torch.nn.ModuleList(torch.nn.Linear(700, 700, bias=False) for _ in range(32))
+    optimizer = torch.optim.AdamW(network.parameters())
+    networks = {name: network for name in ("student", "fake_score", "ema")}
+    optimizers = dict.fromkeys(("student", "fake_score"), optimizer)
+    flat_state(networks, optimizers)  # makes the optimizer's state
+    assert resident(lambda: save_state(tmp_path / "state", networks, optimizers)) < 0.5 * 4 * 700**2 * 32
+    run, data = SimpleNamespace(device=CPU, folder=tmp_path), SimpleNamespace(prompts=[""] * 4, seed=0)
+    data.cond_of, model = (lambda rows: None), SimpleNamespace(fps=8, world=False)
+    preview, clip = (
+        Preview(run, model, data, prompts=4, seeds=4, batch_size=4),
+        (3, 33, 320, 320),
+    )  # above what malloc keeps
+    preview.decode, preview.score = lambda latents: (torch.rand(clip) for _ in latents), lambda _, found: None
+    with mock.patch("training.media.write_video", lambda *_: None):  # a codec has a memory of its own
+        preview.write(0, lambda rng, cond: rng.normal((1,)))
+        assert resident(lambda: preview.write(0, lambda rng, cond: rng.normal((1,)))) < 3 * 4 * math.prod(clip)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, fails):
+    train(runs_dir=tmp_path, steps=1)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, most))
+    try:
+        fails(
+            lambda: train(runs_dir=tmp_path, steps=2, resume="latest"), "cannot write", "step_0000002", "step_0000001"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert checkpoints(tmp_path) == [1]
+
+
+def test_a_real_teacher_trains_on_the_cpu_when_asked(tmp_path, fails):
+    args = small_args(runs_dir=tmp_path, teacher="wan2.1-1.3b")
+    fails(lambda: Run(dmd.__file__, args, CPU), "--cpu")
+    Run(dmd.__file__, replace(args, cpu=True), CPU)
+    (path := tmp_path / "teacher" / "transformer" / "a.safetensors").parent.mkdir(parents=True)
+    path.touch()
+    for size in (10**8, 2 * 10**9):
+        os.truncate(path, size)
+        assert needs_gpu(f"{path.parents[1]}:i2v") == (size > 10**9)
 
 
 def killed(name, args):

@@ -15,6 +15,18 @@ def test_every_link_leads_to_a_file():
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
+def test_every_test_that_a_derivation_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs" / "derivations.md").read_text())
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+    assert len(named) > 9
+
+
+def test_every_program_of_the_course_is_there():
+    for path in re.findall(r"python (\S+\.py)", (ROOT / "docs" / "course.md").read_text()):
+        assert (ROOT / path).is_file(), path
+
+
 @pytest.mark.parametrize(("a", "b"), site.PAIRS)
 def test_a_pairs_page_has_every_changed_line(a, b):
     page = html.unescape(re.sub("<[^>]*>", "", site.pair_page(a, b)))

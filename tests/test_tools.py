@@ -1,6 +1,10 @@
 """Programs as a user starts them, with a real teacher and nothing but --teacher, and make_pairs.py."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
     "words",
     [
         ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
-        ["make_shards.py", "clips", "shards", "--teacher", "gone"],
+        ["make_shards.py", "gone", "shards"],
         ["cost.py", "dmd2", "--teacher", "gone"],
         ["export.py", "gone", "out"],
     ],
@@ -35,6 +39,19 @@ def test_a_mistake_is_one_line(tmp_path, words):
     code, out, err = run_program(ROOT / "tools" / words[0], words[1:], tmp_path, tmp_path / "said")
     assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
     assert "gone" in err
+
+
+@pytest.mark.slow
+def test_gpu_check_rehearsed_on_the_cpu(tmp_path):
+    """Every row is there, also after one that failed."""
+    own = {"OUT": str(tmp_path), "TEACHER": "tiny", "ATTENTION": "sage", "STEPS": "2", "SLOW": "9"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "tools/gpu_check.sh"], cwd=ROOT, env={**os.environ, "PATH": path, **own}, check=True)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    rows = {name.strip(): cells for _, name, *cells, _ in (line.split("|") for line in lines[5:])}
+    assert len(rows) == 7 and {len(cells) for cells in rows.values()} == {4}
+    assert [name for name, cells in rows.items() if "failed" in cells[0]] == ["other attention"]
+    assert all(float(cell) > 0 for name in ("as it is", "compiled") for cell in rows[name][:3])
 
 
 def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):

@@ -42,7 +42,7 @@ class TinyWorld(common.Samples):
         seeds = 1 if self.model.conditions else seeds  # of one image one clip
         captions = [label for label in self.prompts[:prompts] for _ in range(seeds)]
         clips = world.batch(self.seed, range(10**9, 10**9 + len(captions)), captions)[0]
-        return clips.unflatten(0, (prompts, seeds))
+        return [(*divmod(i, seeds), clip) for i, clip in enumerate(clips)]
 
     def measure(self, captions, clips):
         """The true factors, read back from the pixels."""

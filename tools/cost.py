@@ -6,12 +6,13 @@
 
 All other flags are the script's own. No weights are read, and of a teacher on the Hub no file at all. What a step runs
 comes from the script's own main(), on networks that only count. FLOPs of a forward are counted by PyTorch; a backward
-is two forwards, that of a LoRA one (its base has no gradient), and each recomputed block adds its forward. Of two
-experts one runs. Activations are what autograd saves in a forward of the bf16 network, with flash attention. Not
-counted: the allocator's slack, temporary buffers, a LoRA's own activations and FLOPs, the discriminator's heads.
+is two and a half forwards of attention and two of all else, for a LoRA one (its base has no gradient), and each
+recomputed block adds its forward. Of two experts one runs. Activations are what autograd saves in a forward of the bf16
+network, with flash attention. Not counted: the allocator's slack, temporary buffers, a LoRA's own activations and
+FLOPs, the weights of the discriminator's heads.
 
 --measure runs main() on random weights of the real size, with noise in place of data. Every second step updates the
-student too. Under torchrun the figures are those of rank 0.
+student too; two more are profiled. Under torchrun the figures are those of rank 0.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import TRAINED
+from models.compute import prepare
 from models.folders import family_of
 from models.latents import latent_shape
 from models.presets import PRESETS, TINY_WORLD, name_of
@@ -47,6 +49,7 @@ CARDS = (24, 48, 80)  # GiB
 FULL = 0.85  # of a card: the rest is for what is not counted
 RATE = 4e14  # FLOP/s that a GPU sustains: assumed, not measured
 GIB = 1024**3
+BATCH = 2  # samples that are counted, as some losses relate them
 WARM = 2  # steps before those that are measured: memory is first allocated, blocks are compiled
 
 # --------------------------------------------------------------------------------------- the script's own steps
@@ -106,27 +109,31 @@ class Counting(nn.Module):
     """Stands in for a network. tally.work adds up what a sample takes, in forwards; tally.alive are forwards whose
     backward is to come, tally.graphs the most that were at once.
 
-    whole: a batch's samples times their frames; costs: of a forward, of a backward through the layers and of the
-    weights, in forwards of the teacher.
+    frames: of a whole sample; each: what a forward costs, in forwards of the teacher; attention: its share of that;
+    again: what a backward recomputes, of attention and of the rest; weights: whether it has those of the weights.
     """
 
-    width, blocks = 1, ()
+    width, blocks, before = 1, (), 0
 
-    def __init__(self, tally, whole, frame_block, trained, costs):
+    def __init__(self, tally, frames, frame_block, trained, each, attention, again, weights):
         super().__init__()
-        self.tally, self.whole, self.frame_block, self.costs = tally, whole, frame_block, costs
+        self.tally, self.frames, self.frame_block, self.each = tally, frames, frame_block, each
+        self.attention, self.again, self.weights = attention, again, weights
         self.weight = nn.Parameter(torch.ones(1), requires_grad=trained)
 
     def forward(self, x_t, sigma, cond, blocks=()):
-        part = len(x_t) * x_t.shape[2] / self.whole  # a causal student's block is one
-        self.tally.work += part * self.costs[0]
+        part = len(x_t) / BATCH * x_t.shape[2] / self.frames  # a causal student's block is one
+        reach = (self.before + x_t.shape[2]) / self.frames  # it attends to itself and those before it
+        others, attention = (share * part * self.each for share in (1 - self.attention, self.attention * reach))
+        self.tally.work += others + attention
         weight = 1 * self.weight
         v = weight * x_t
         if v.requires_grad:
             self.tally.alive += part
             self.tally.graphs = max(self.tally.graphs, self.tally.alive)
-            v.register_hook(lambda _: self.passed(-part, part * self.costs[1]))
-            weight.register_hook(lambda _: self.passed(0, part * self.costs[2]))
+            backward = (2.5 + self.again[0]) * attention + (1 + self.again[1]) * others
+            v.register_hook(lambda _: self.passed(-part, backward))
+            weight.register_hook(lambda _: self.passed(0, self.weights * others))
         return v, [v.mean((1, 2, 3, 4)).view(-1, 1, 1) for _ in blocks]
 
     def passed(self, alive, work):
@@ -134,14 +141,14 @@ class Counting(nn.Module):
         self.tally.work += work
 
     def chunks(self, x_t):
-        self.left = x_t.shape[2]
+        self.before = 0
         return x_t.split(self.frame_block or x_t.shape[2], dim=2)
 
     @torch.no_grad()
     def update_cache(self, x0, cond):
-        self.left -= x0.shape[2]
-        if self.left:  # of the last block nothing is kept
+        if self.before + x0.shape[2] < self.frames:  # of the last block nothing is kept
             self(x0, None, cond)
+            self.before += x0.shape[2]
 
 
 def run_steps(script, args, model, device, steps, step_done=lambda: None):
@@ -174,9 +181,10 @@ def random_weights(network, folder, part="transformer"):
         parameter.normal_(0, 0.02)
 
 
-def counted(script, args, steps):
-    """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards; graphs, the
-    most that wait for their backward; roles of the networks; whether samples of the teacher come first.
+def counted(script, args, steps, attention=None):
+    """What the first steps run, as a namespace: `each`, a list of their work for one sample, in forwards of the
+    teacher, of which attention may be given its share; graphs, the most that wait for their backward; roles of the
+    networks; whether samples of the teacher come first.
     """
     whole = described(*size_of(args))
     own, model = whole.student or whole, copy.copy(whole)
@@ -186,12 +194,13 @@ def counted(script, args, steps):
 
     def load_network(role, device, frame_block=0, **_):
         roles.append(role)
-        each = 1 if role == "teacher" else one_forward(own)[1] / one_forward(whole)[1]
-        costs = each, each * (1 + recomputed(args, blocks) / blocks), each * (role not in args.adapters)
-        return Counting(tally, 2 * frames, frame_block, role in TRAINED, costs)
+        mine, again = whole if role == "teacher" else own, recomputed(args, blocks) / blocks
+        each, again = one_forward(mine)[1] / one_forward(whole)[1], (again * (not args.keep_attention), again)
+        share = one_forward(mine)[2] if attention is None else attention
+        return Counting(tally, frames, frame_block, role in TRAINED, each, share, again, role not in args.adapters)
 
     model.load_network, model.reset, model.shard = load_network, lambda network: network, lambda network, _: network
-    args = replace(args, batch_size=2, grad_accum=1)  # two, as some losses relate samples
+    args = replace(args, batch_size=BATCH, grad_accum=1)
     samples_first = run_steps(script, args, model, torch.device("cpu"), steps, lambda: works.append(tally.work))
     each = [after - before for before, after in pairwise(works)]
     return SimpleNamespace(each=each, graphs=tally.graphs, roles=roles, samples_first=samples_first)
@@ -206,12 +215,18 @@ def recomputed(args, blocks):
 
 
 @cache
-def one_forward(model):
-    """(network on the meta device in bf16, FLOPs of a forward of one sample, bytes that autograd keeps of it)."""
+def one_forward(model, blocks=None, gradient_checkpointing=0):
+    """(network on the meta device in bf16, FLOPs of a forward of one sample, attention's share of them, bytes that
+    autograd keeps of it), with so many blocks, or the teacher's.
+    """
+    config = {**model.config, "num_layers": blocks or model.config["num_layers"]}
     with torch.device("meta"):
-        parts = [model.family.transformer_class.from_config(model.config) for _ in model.family.parts]
+        parts = [model.family.transformer_class.from_config(config) for _ in model.family.parts]
         network = model.family(*parts, index=model.index).to(torch.bfloat16)
         x_t, sigma, cond = torch.empty(1, *model.latent_shape), torch.empty(1), Noise(model, "meta").cond_of([0])
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.float() if common.IN_FLOAT32 in name else parameter.data
+    prepare(network, parts, gradient_checkpointing)
     owned, saved = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def keep(tensor):  # each storage once, and not the weights
@@ -229,7 +244,9 @@ def one_forward(model):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         network(x_t, sigma, cond)
-    return network, counter.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(count for op, count in flops.items() if "attention" in str(op)) / sum(flops.values())
+    return network, sum(flops.values()), attention, sum(storage.nbytes() for storage in saved.values())
 
 
 def figures(script, args, gpus):
@@ -239,11 +256,9 @@ def figures(script, args, gpus):
     """
     phases = len(getattr(args, "phase_ends", (0,)))
     cycle = 2 * args.student_every * phases
-    counts = counted(script, replace(args, steps=cycle), cycle)
     model = described(*size_of(args))
-    own = model.student or model
-    (network, _, activations), (scores, flops, _) = one_forward(own), one_forward(model)
-    activations *= len(own.family.parts)  # of two experts both, where a step's noise levels need both
+    counts, own = counted(script, replace(args, steps=cycle), cycle), model.student or model
+    (network, *_), (scores, flops, *_) = one_forward(own), one_forward(model)
     parameters, frozen = (sum(p.numel() for p in net.parameters()) for net in (network, scores))
     layers = [m for name, m in network.named_modules() if name.endswith(tuple(own.family.lora_layers))]
     a_rank = sum(layer.in_features + layer.out_features for layer in layers)
@@ -255,14 +270,20 @@ def figures(script, args, gpus):
     # memory: the teacher and the base of the LoRAs, often the same, are bf16, all others are float32
     shards, blocks = args.shard_size or gpus, len(network.blocks)
     tokens, again = math.prod(model.latent_shape[1:]) // math.prod(model.patch), recomputed(args, blocks)
-    if again:  # of each of these its input, of the others all, and one block's own
-        activations = again * tokens * network.width * 2 + (blocks - again + 1) / blocks * activations
+    kept = lambda *how: one_forward(own, *how)[-1]
+    # of two experts both, where a step's noise levels need both; a discriminator's head keeps three of its features
+    graph = kept(None, args.gradient_checkpointing) * len(own.family.parts)
+    graph += args.keep_attention * again * 2 * tokens * network.width
+    graph += getattr(args, "gan_weight", 0) > 0 and 3 * len(args.discriminator_blocks) * 2 * tokens * network.width
+    one_block = (kept(2) - kept(1)) * (again > 0)  # is recomputed at a time
+    # two blocks are unsharded, and what is in none
+    block, other = (sum(p.numel() for p in net.blocks[0].parameters()) for net in (network, scores))
     memory = {
         "weights": (2 * (frozen + base) + 4 * held) / shards,
-        "gradients": 4 * trained / shards,
+        "gradients": 4 * max(sizes[role] for role in TRAINED) / shards,
         "optimizer": 8 * trained / shards,
-        "one unsharded block": 4 * max(sum(p.numel() for p in net.blocks[0].parameters()) for net in (network, scores)),
-        "activations": counts.graphs * args.batch_size * activations,
+        "unsharded weights": 2 * max(parameters - (blocks - 2) * block, frozen - (len(scores.blocks) - 2) * other),
+        "activations": args.batch_size * (counts.graphs * graph + one_block),
     }
     if causal := getattr(args, "frame_block", 0):  # keys and values of the past, which all its blocks' backwards need
         turns = model.latent_shape[1] / causal
@@ -309,10 +330,11 @@ def measure(script, args, steps):
     """Run that many steps of the script here, and print what those with and those without a student's update take."""
     device, ends = common.init_distributed(), []
     # so many steps that all that run are of the first phase
-    total = 2 * (WARM + steps) * len(getattr(args, "phase_ends", (0,)))
+    total = 2 * (WARM + steps + 2) * len(getattr(args, "phase_ends", (0,)))
     args = replace(args, student_every=2, steps=total)
     counts = counted(script, args, WARM + steps)
     cuda = torch.cuda if device.type == "cuda" else None
+    profiler, spent = torch.profiler.profile(), dict.fromkeys(("attention", "matmul", "the rest"), 0)
 
     def step_done():
         if cuda:
@@ -320,8 +342,11 @@ def measure(script, args, steps):
         if cuda and len(ends) < WARM:
             cuda.reset_peak_memory_stats()
         ends.append(time.perf_counter())
+        if len(ends) == WARM + steps:
+            profiler.start()
 
-    run_steps(script, args, Described(*size_of(args), args.compute), device, WARM + steps, step_done)
+    run_steps(script, args, Described(*size_of(args), args.compute), device, WARM + steps + 2, step_done)
+    profiler.stop()
     peak = cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     name = cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"device              {name}, torch {torch.__version__}")
@@ -332,6 +357,14 @@ def measure(script, args, steps):
         seconds = mean(ends[i] - ends[i - 1] for i in numbers)
         flops = forward * mean(counts.each[i] for i in numbers)
         print(f"{name:<20}{seconds:.3g} s, {flops / 1e12:.3g} TFLOP, {flops / seconds / 1e12:.3g} TFLOP/s")
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # an operation, with the kernels that it started
+            named = lambda *words, event=event: any(word in event.key for word in words)
+            matmul = "matmul" if named("::mm", "::addmm", "::bmm") else "the rest"
+            kind = "attention" if named("attn", "attention") else matmul
+            spent[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    shares = ", ".join(f"{name} {time / sum(spent.values()):.0%}" for name, time in spent.items())
+    print(f"time in operations  {shares}, of a step of either kind")
 
 
 def main():

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
@@ -27,9 +26,9 @@ from models.latents import decode
 from training.files import UserError, read_prompts
 from training.finished import load_run, run_of, student_sampler, teacher_sampler
 from training.flags import one_line_errors
-from training.media import contact_sheet, write_video
+from training.media import contact_sheet, thumbnail, write_video
 
-SHOWN, HIGH = 12, 128  # prompts on the sheet, pixels of their frames
+SHOWN = 12  # prompts on the sheet
 
 
 @dataclass(kw_only=True)
@@ -76,13 +75,6 @@ def first_frames(image, model, count):
     return [image] * count if image else []  # cropped in the middle where its aspect is another
 
 
-def shown(clip):
-    """The frames of a clip [3, f, h, w] that a sheet shows, no higher than it shows them: many clips fit in memory."""
-    frames = clip[:, torch.linspace(0, clip.shape[1] - 1, min(4, clip.shape[1])).round().int().tolist()]
-    scale = min(1, HIGH / clip.shape[2])
-    return F.interpolate(frames, size=[round(n * scale) for n in clip.shape[2:]], mode="area")
-
-
 @torch.no_grad()
 def main(args):
     if bool(args.prompt) == bool(args.prompts):
@@ -119,7 +111,7 @@ def main(args):
                     clip = decode(vae, x0)[0].cpu()
                     write_video(out / f"{p:02d}_{seed}{suffix}", clip, model.fps)
                     if p < SHOWN:
-                        rows[p, suffix].append(shown(clip))
+                        rows[p, suffix].append(thumbnail(clip))
                     bar.update()
             del sample
     contact_sheet(

@@ -7,6 +7,7 @@ student/  the student alone in the diffusers layout: transformer/, with phases o
 
 import re
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -101,6 +102,14 @@ def flat_state(networks, optimizers):
     return state
 
 
+def save_state(folder, networks, optimizers, files=32):
+    """Write all networks and optimizers; a rank's in so many files of one size, of which the writer copies one."""
+    state = flat_state(networks, optimizers)
+    sizes = [value.numel() * value.element_size() for value in state.values()]
+    numbers = {key: -(-end * files // sum(sizes)) for key, end in zip(state, accumulate(sizes))}
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
+
+
 def load_state(checkpoint, networks, optimizers):
     """Fill all networks and optimizers from a checkpoint, in place."""
     state = flat_state(networks, optimizers)
@@ -183,7 +192,7 @@ def save_weights(network, part, folder):
             whole.add_adapter(transformer.peft_config[lora], lora)
     if lora:  # copies, as merging is in place, and in float32; of several LoRAs this one
         own = whole.state_dict().keys()
-        weights = {key: value.to(torch.float32, copy=True) for key, value in weights.items() if key in own}
+        weights = {key: weights.pop(key).to(torch.float32, copy=True) for key in own}
     whole.load_state_dict(weights, assign=True)
     if lora:
         whole.fuse_lora(adapter_names=[lora])

@@ -122,12 +122,16 @@ class RunArgs:
     """LoRA's alpha: its update is scaled by alpha / rank."""
     gradient_checkpointing: NonNegativeInt = 1
     """Recompute the activations of every n-th block in the backward pass: less memory for more compute. 0: of none."""
+    keep_attention: bool = False
+    """Recompute all of these blocks but self-attention: its output is kept. Faster, for more memory."""
     compile: bool = False
     """Compile the transformers' blocks (torch.compile): the first steps take minutes, the others are faster."""
     attention: str | None = None
-    """Attention backend of diffusers (native, flash, sage, …) instead of PyTorch's own choice."""
+    """Attention backend of diffusers (_native_cudnn, _flash_3_hub: docs/hardware.md), else PyTorch chooses."""
     shard_size: NonNegativeInt = 0
     """GPUs that share a copy of each network (HSDP), for several machines; 0: all of them share one."""
+    cpu: bool = False
+    """Train a real teacher on the CPU, in float32, where no GPU is visible; else such a run ends at once."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -157,7 +161,7 @@ class RunArgs:
     @property
     def compute(self):
         """Flags that change time and memory, as common.Model takes them."""
-        names = ("gradient_checkpointing", "compile", "attention", "shard_size")
+        names = ("gradient_checkpointing", "keep_attention", "compile", "attention", "shard_size")
         return {name: getattr(self, name) for name in names}
 
     @property

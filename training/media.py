@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from training.files import written_aside
 
-GAP, LABEL_CHARS, LABEL_WIDTH = 8, 24, 190  # contact sheet: pixels between clips, characters and pixels of a label
+# contact sheet: pixels between clips, characters and pixels of a label, pixels of a frame
+GAP, LABEL_CHARS, LABEL_WIDTH, HIGH = 8, 24, 190, 128
 
 
 def to_uint8(video):
@@ -38,15 +39,14 @@ def h264_options(h, w):
 
 def write_mp4(path, video, fps):
     """Write video [3, f, h, w] in [0, 1], h and w even, as H.264 (libx264, crf 12, yuv420p)."""
-    frames = to_uint8(video)
-    h, w = frames.shape[1:3]
+    h, w = video.shape[2:]
     with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
         stream.codec_context.thread_type = "FRAME"  # PyAV's default cuts each picture into a slice per thread
         stream.options = h264_options(h, w)
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in video.split(1, dim=1):  # one at a time: a whole clip would be copied several times
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(to_uint8(frame)[0], format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -79,9 +79,16 @@ def read_video(path):
     return rearrange(torch.stack(frames), "f h w c -> c f h w").float() / 255
 
 
-def contact_sheet(path, rows, frames=4):
+def thumbnail(clip):
+    """What a sheet shows of a clip [3, f, h, w]: four frames, first and last among them, at most HIGH pixels high."""
+    frames = clip[:, torch.linspace(0, clip.shape[1] - 1, min(4, clip.shape[1])).round().long()]
+    scale = min(1, HIGH / clip.shape[2])
+    return F.interpolate(frames, size=[round(n * scale) for n in clip.shape[2:]], mode="area")
+
+
+def contact_sheet(path, rows):
     """Write the picture of `draw_sheet` as a PNG and return it."""
-    sheet = draw_sheet(rows, frames)
+    sheet = draw_sheet(rows)
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
     return sheet
@@ -96,23 +103,18 @@ def moving_sheet(path, rows, fps):
         first.save(aside, "WebP", save_all=True, append_images=others, duration=1000 // fps, loop=0, quality=90)
 
 
-def draw_sheet(rows, frames=4):
+def draw_sheet(rows):
     """A picture with a labelled row for each of rows, a list of (label, clips), in as many columns as make it square.
 
-    clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]; each shows `frames` of its frames, the first and last
-    among them, 64 to 128 pixels high.
+    clips [n, 3, f, h, w] or a list of [3, f, h, w], in [0, 1]; each is shown as a `thumbnail`, at least 64 pixels high.
     """
     font, pictures = ImageFont.load_default(14), []
     for label, clips in rows:
-        clips = torch.stack([torch.from_numpy(to_uint8(clip)) for clip in clips])
-        f, h = clips.shape[1:3]
-        shown = clips[:, torch.linspace(0, f - 1, min(frames, f)).round().long()]
+        shown = torch.stack([torch.from_numpy(to_uint8(thumbnail(clip))) for clip in clips])
         strips = rearrange(F.pad(shown, (0, 0, 0, 1), value=255), "n t h w c -> n h (t w) c")
         row = Image.fromarray(rearrange(F.pad(strips, (0, 0, 0, GAP), value=255), "n h w c -> h (n w) c").numpy())
-        scale = math.ceil(64 / h) if h < 64 else min(1, 128 / h)  # whole pixels where it enlarges
-        row = row.resize(
-            [round(side * scale) for side in row.size], Image.Resampling.NEAREST if h < 64 else Image.Resampling.BOX
-        )
+        scale = math.ceil(64 / row.height)  # whole pixels
+        row = row.resize([side * scale for side in row.size], Image.Resampling.NEAREST)
         label = textwrap.fill(label, LABEL_CHARS, max_lines=4, placeholder=" ...")
         pictures.append(ImageOps.expand(row, (LABEL_WIDTH, 0, 0, GAP), "white"))
         ImageDraw.Draw(pictures[-1]).multiline_text((GAP, 0), label, fill="black", font=font)

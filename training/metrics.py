@@ -4,6 +4,9 @@ A video is a float tensor [3, f, h, w] in [0, 1], RGB; an image is a video with 
 of tensors and returns Python floats. Previews and evaluation use the same functions, so their numbers compare.
 """
 
+from itertools import pairwise
+from statistics import fmean
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,17 +14,21 @@ from einops import rearrange
 # ---------------------------------------------------------------- diversity
 
 
+def pooled(clips):
+    """Clips [s, 3, f, h, w] with at most 8 x 8 pixels a frame; those that are pooled stay as they are."""
+    f, h, w = clips.shape[2:]
+    return F.adaptive_avg_pool3d(clips.float(), (f, min(h, 8), min(w, 8)))
+
+
 def pooled_distances(clips):
-    """RMS differences [s, s], float64, between clips [s, 3, f, h, w] pooled to at most 8 x 8 pixels a frame.
+    """RMS differences [s, s], float64, between pooled clips [s, 3, f, h, w].
 
     Pooling makes the distance about layout and colour, not texture; frames are kept, so direction of motion counts.
     """
-    s, _, f, h, w = clips.shape
-    pooled = F.adaptive_avg_pool3d(clips.float(), (f, min(h, 8), min(w, 8))).double()
-    pooled = rearrange(pooled, "s c f h w -> s (c f h w)")
+    pixels = rearrange(pooled(clips).double(), "s c f h w -> s (c f h w)")
     # never through x @ y: the distance of equal clips must be exactly 0
-    distances = torch.cdist(pooled, pooled, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances / pooled.shape[1] ** 0.5
+    distances = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances / pixels.shape[1] ** 0.5
 
 
 def pairwise_rms(clips):
@@ -62,8 +69,8 @@ def saturation(clips):
 
 def frame_difference(clips):
     """Mean |I_t - I_t+1| over pixels, channels, frames and clips [..., 3, f, h, w] in [0, 1], f > 1."""
-    clips = rearrange(clips, "... c f h w -> (...) c f h w").float()
-    return sum(clip.diff(dim=1).abs().mean(dtype=torch.float64).item() / len(clips) for clip in clips)
+    frames = rearrange(clips, "... c f h w -> f (...) c h w")
+    return fmean((b.float() - a.float()).abs().mean(dtype=torch.float64).item() for a, b in pairwise(frames))
 
 
 def preview_metrics(clips_by_prompt):

@@ -1,11 +1,11 @@
 """Samples to look at while a run trains, beside the teacher's and the data's, with scores that need no other model."""
 
 import math
+from statistics import fmean
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from tqdm import tqdm
 
 import common
@@ -29,16 +29,18 @@ class Preview:
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
 
     def decode(self, latents):
+        """Clips [3, f, h, w] on the CPU of latents [b, c, f, h, w], one after the other."""
         self.vae = (self.vae or self.model.load_vae(self.run.device, only_decodes=True)).to(self.run.device)
-        videos = decode(self.vae, latents).cpu()
-        self.vae.to("cpu")  # a step needs the GPU's memory
-        return videos
+        for x0 in latents.split(1):
+            yield decode(self.vae, x0)[0].cpu()
+        self.vae.to("cpu")  # a step needs the GPU's memory, in whole pieces
+        torch.cuda.empty_cache()
 
     def write(self, name, sample):
-        """Sample, decode, gather, save, score and log. name is "teacher" or a step's number; sample is a function
-        (rng, cond) -> latents [b, c, f, h, w].
+        """Sample, save, score and log. name is "teacher" or a step's number; sample is a function (rng, cond) ->
+        latents [b, c, f, h, w]. A rank holds one clip at a time and sends what `look` keeps of it.
         """
-        videos = []
+        found = {}
         for first in tqdm(
             range(0, len(self.mine), self.batch_size), f"preview {name}", leave=False, disable=dist.get_rank() > 0
         ):
@@ -46,12 +48,13 @@ class Preview:
             cond = self.data.cond_of([number // self.seeds for number in numbers])
             with torch.no_grad():
                 latents = sample(common.SampleRNG(self.data.seed, "preview", numbers, self.run.device), cond)
-            videos.append(self.decode(latents))
+            for clip, number in zip(self.decode(latents), numbers):  # in this order `decode` runs to its end
+                found[number] = self.look(name, *divmod(number, self.seeds), clip)
         gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(torch.cat(videos), gathered)
+        dist.gather_object(found, gathered)
         if gathered:
-            clips = torch.stack(gathered, dim=1).flatten(0, 1)[: self.total]  # rank r holds samples r, r + world, …
-            self.score(name, rearrange(clips, "(p s) c f h w -> p s c f h w", s=self.seeds))
+            found = {number: own for part in gathered for number, own in part.items()}
+            self.score(name, [found[number] for number in range(self.total)])
 
     def write_data(self):
         """The same figures for the data: clips of the same prompts, where there are any. For image-to-video also the
@@ -61,28 +64,43 @@ class Preview:
             return
         if self.model.conditions:
             first = self.model.family.first_latent(self.data.cond_of(range(len(self.labels))))
-            self.shown["image"] = self.decode(first).unsqueeze(1)
+            self.shown["image"] = [[media.thumbnail(image)] for image in self.decode(first)]
         if self.data.has_clips:
-            self.score("data", self.data.preview_clips(len(self.labels), self.seeds, self.decode))
+            clips = self.data.preview_clips(len(self.labels), self.seeds, self.decode)
+            self.score("data", [self.look("data", p, s, clip) for p, s, clip in clips])
 
-    def score(self, name, clips):
-        """Write and log clips [p, s, 3, f, h, w]: of the data, of the teacher, or of the student at a step."""
+    def folder(self, name):
+        """Where the clips of the data, of the teacher, or of the student at a step are written."""
+        return self.run.folder / "previews" / (name if isinstance(name, str) else f"step_{name:07d}")
+
+    def look(self, name, p, s, clip):
+        """Write clip s of prompt p, the first four of each. Returns what is kept of it: figures, pooled pixels, a
+        thumbnail, and of the tiny world, where figures are of many clips, itself.
+        """
+        if not math.isfinite(clip.sum()):
+            raise UserError(f"videos of the preview {self.folder(name).name} are not finite: something broke before it")
+        if s < 4:
+            media.write_video(self.folder(name) / f"{p:02d}_{s}", clip, self.model.fps)
+        kept = clip if self.model.world else None
+        return metrics.preview_metrics(clip[None, None]), metrics.pooled(clip[None])[0], media.thumbnail(clip), kept
+
+    def score(self, name, found):
+        """Score and log what `look` kept of the clips: of each prompt equally many."""
         fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
-        folder = self.run.folder / "previews" / (name if fixed else f"step_{step:07d}")
-        if not clips.isfinite().all():
-            raise UserError(f"videos of the preview {folder.name} are not finite: something broke before it")
-        scores = metrics.preview_metrics(clips) | self.data.measure(self.labels, clips)
-        if clips.shape[1] == 1:  # one clip per prompt says nothing of diversity
-            scores.pop("diversity")
-        self.scores[folder.name] = scores
-        shown = {**self.shown, folder.name: clips[:, :4].clone()}  # of each prompt; two on the sheet
+        figures, pooled, thumbnails, clips = zip(*found)
+        scores, seeds = {key: fmean(own[key] for own in figures) for key in figures[0]}, len(found) // len(self.labels)
+        scores.pop("diversity")
+        if seeds > 1:  # one clip per prompt says nothing of diversity
+            by_prompt = torch.stack(pooled).split(seeds)
+            scores = {"diversity": fmean(metrics.pairwise_rms(own) for own in by_prompt), **scores}
+        if self.model.world:
+            scores |= self.data.measure(self.labels, torch.stack(clips).unflatten(0, (-1, seeds)))
+        self.scores[self.folder(name).name] = scores
+        shown = {**self.shown, self.folder(name).name: [thumbnails[i : i + 2] for i in range(0, len(found), seeds)]}
         if fixed:
             self.shown = shown
-        for p, row in enumerate(shown[folder.name]):
-            for s, video in enumerate(row):
-                media.write_video(folder / f"{p:02d}_{s}", video, self.model.fps)
-        rows = [(f"{key}: {self.labels[p]}", shown[key][p, :2]) for p in range(len(clips)) for key in shown]
-        sheet = media.contact_sheet(folder.with_suffix(".png"), rows)
+        rows = [(f"{key}: {self.labels[p]}", shown[key][p]) for p in range(len(self.labels)) for key in shown]
+        sheet = media.contact_sheet(self.folder(name).with_suffix(".png"), rows)
         prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with
         self.run.scalars(step, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.run.writer.add_image(f"{prefix}/sheet", np.asarray(sheet), step, dataformats="HWC")

@@ -19,16 +19,17 @@ from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from models.presets import needs_gpu
 from training.checkpoints import (
     check_checkpoint,
     find_checkpoint,
     find_init,
-    flat_state,
     latest_checkpoint,
     load_init,
     load_state,
     run_name,
     runs_of,
+    save_state,
     save_weights,
 )
 from training.files import UserError, written_aside
@@ -48,6 +49,8 @@ class Run:
         for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
             if (path := vars(args).get(name)) and not Path(path).exists():
                 raise UserError(f"--{name}: no such file or folder {path}")
+        if device.type == "cpu" and not args.cpu and needs_gpu(args.teacher):
+            raise UserError(f"{args.teacher} would train on the CPU, as no GPU is visible: see to that, or give --cpu")
         self.script, self.device, self.rank = Path(script), device, dist.get_rank()
         self.cache, self.max_hours = Path(args.runs_dir) / "cache", args.max_hours
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
@@ -189,8 +192,7 @@ class Run:
         self.say(f"saving {final}")
         aside = final.with_name(final.name + ".tmp")
         try:
-            writer = dcp.HuggingFaceStorageWriter(str(aside / "state"), save_distributed=True)
-            dcp.save(flat_state(networks, optimizers), storage_writer=writer)
+            save_state(aside / "state", networks, optimizers)
             phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
             for i in range(len(students) if phased else len(students[0].parts)):
                 student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
