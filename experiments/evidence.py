@@ -7,6 +7,7 @@ samples of each of the world's EXAMPLES for each training seed, from noise that 
 """
 
 import csv
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,19 @@ from tiny import world as tiny
 from tiny.samples import TinyWorld
 from training.files import UserError
 from training.finished import load_run, students_of
-from training.flags import one_line_errors
+from training.flags import one_line_errors, recipe_args
 from training.media import moving_sheet
-from training.metrics import preview_metrics
+from training.metrics import pairwise_rms, preview_metrics
 
 COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
-    "diversity": "diversity", "position": "position spread, px", "saturation_mean": "saturation",
-    "brightness_mean": "brightness", "clipped": "clipped pixels, %", "speed_mean": "speed, px/frame",
-    "coherence": "coherence, px", "frames": "frame relations", "samples": "sample relations",
+    "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px",
+    "saturation_mean": "saturation", "brightness_mean": "brightness", "clipped": "clipped pixels, %",
+    "speed_mean": "speed, px/frame", "coherence": "coherence, px",
+    "frames": "frame relations", "samples": "sample relations",
     "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
    }  # fmt: skip
+TWICE = ", twice the length"
 
 
 @dataclass
@@ -51,7 +54,8 @@ class Args:
     repeats: int = 3
     """Sampling seeds for data and teacher, which have no training seeds."""
     teacher_steps: tuple[int, ...] = (50, 4)
-    """Euler steps of the teacher's rows at the training guidance; the first also without guidance."""
+    """Euler steps of the teacher's rows at the training guidance; the first also without guidance. None: no such rows,
+    and no relations, which are compared with the teacher's."""
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
@@ -61,6 +65,8 @@ class Args:
     """Figures of the table, of COLUMNS; figures.csv has all."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
+    csv: Path | None = None
+    """The file for figures.csv. Lines of other runs stay in it."""
 
 
 def by_caption(x):
@@ -101,7 +107,8 @@ def measure(clips, reference):
     seeds, f = clips.shape[1], measures.read_factors(clips.flatten(0, 1))
     row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(seeds)])
     pixels = preview_metrics(clips)
-    row |= {"diversity": pixels["diversity"], "clipped": 100 * pixels["clipped"], "distance": float("nan")}
+    row |= {"diversity": pixels["diversity"], "diversity_shape": pairwise_rms(clips[0])}
+    row |= {"clipped": 100 * pixels["clipped"], "distance": float("nan")}
     clean, x, y = (f[name].split(seeds) for name in ("clean", "x", "y"))
     spreads = [torch.hypot(a[c].std(), b[c].std()) for c, a, b in zip(clean, x, y) if c.sum() > 1]
     row["position"] = torch.tensor(spreads).mean().item()
@@ -121,6 +128,27 @@ def drift(clips):
     return {name: (last[factor] - first[factor])[clean].mean().item() for name, factor in factors.items()}
 
 
+def command_of(script, args):
+    """The command of a run: its script and the flags that differ from the recipe; of --init the run's name."""
+    base, _, variant = script.__name__.partition("-")
+    usual = vars(recipe_args(type(args), teacher=args.teacher, runs_dir=args.runs_dir)) | {"teacher": "tiny"}
+    own = {name.replace("_", "-"): value for name, value in vars(args).items() if value != usual[name]}
+    words = [f"experiments/variant.py {variant}" if variant else f"{base.replace('.', '/')}.py"]
+    words += [f"--{name} {value}" for name, value in own.items()]
+    flags = re.sub(r"--(\S+) False", r"--no-\1", " ".join(["python", *words]))
+    return re.sub(r"[(),]| True|(?<=--init )\S*/", "", flags)
+
+
+def add_to(path, rows):
+    """Write rows to a CSV file; in one that is there they replace those of the same teacher, name and seed."""
+    before = csv.DictReader(open(path)) if path.exists() else ()
+    table = {(row["teacher"], row["name"], str(row["seed"])): row for row in [*before, *rows]}
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+
+
 def table_of(rows, figures, transpose):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
     table = [["", "seeds", *(COLUMNS[figure] for figure in figures)]]
@@ -128,7 +156,7 @@ def table_of(rows, figures, transpose):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])
         for figure in figures:
-            values = torch.tensor([row[figure] for row in own])
+            values = torch.tensor([float(row[figure]) for row in own])
             table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
     table = zip(*table) if transpose else table
     lines = ["| " + " | ".join(row) + " |" for row in table]
@@ -167,13 +195,20 @@ def main(args):
 
     # relations are compared with the teacher's, of other noise than that of the rows
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
-    taught = relations(sample(euler(*plans[0]), 10**6))
+    taught = relations(sample(euler(*plans[0]), 10**6)) if plans else ()
+    here = {
+        "teacher": first.teacher,
+        "per_caption": args.seeds,
+        "machine": re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1],
+    }
 
-    def add(name, run, seed, latents, clips=None):
+    def add(name, run, seed, latents, clips=None, commit="", command=""):
         whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
-        related = dict(zip(("frames", "samples"), map(kl, taught, own)))
-        rows.append({"name": name, "run": run, "seed": seed} | measure(clips, reference) | related | drift(whole))
+        related = dict(zip(("frames", "samples"), map(kl, taught, own) if plans else (float("nan"),) * 2))
+        figures = measure(clips, reference) | related | drift(whole)
+        about = {"name": name, "seed": seed, "run": run, "commit": commit, "command": command} | here
+        rows.append(about | {key: f"{value:.6g}" for key, value in figures.items()})
         shown.setdefault(name, clips[:2, :6])
         print(f"{name}: done", flush=True)
 
@@ -184,25 +219,24 @@ def main(args):
             images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", "", seed, torch.cat([encode(vae, part) for part in clips.split(48)]), clips)
-    for steps, guidance in dict.fromkeys([*plans, (plans[0][0], 1.0)]):
+    for steps, guidance in dict.fromkeys([*plans, *((steps, 1.0) for steps in args.teacher_steps[:1])]):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:
         own = common.Model(run_args.teacher, *run_args.size, student=run_args.student)
         students = students_of(own, device, script, run_args, checkpoint, raw=folder.endswith(":raw"))
         sampler = partial(script.sample_student, students)
-        add(name, folder, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed))
+        revision, run, command = checkpoint.parents[1] / "revision.txt", Path(folder).name, command_of(script, run_args)
+        about = {"commit": revision.read_text().strip() if revision.is_file() else "", "command": command}
+        add(name, run, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
-            add(f"{name}, twice the length", folder, run_args.seed, latents)
+            add(name + TWICE, run, run_args.seed, latents, **about)
 
     lines = table_of(rows, args.figures, args.transpose)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    with open(args.out / "figures.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    add_to(args.csv or args.out / "figures.csv", rows)
     sheet = [(f"{tiny.EXAMPLES[i]}: {name}", own[i]) for i in (0, 1) for name, own in shown.items()]
     moving_sheet(args.out / "clips.webp", sheet, model.fps)
     print("\n".join(lines) + f"\n\nlook at {args.out / 'clips.webp'}; table.md and figures.csv are beside it")

@@ -2,14 +2,16 @@
 
     python experiments/evidence_runs.py --jobs 2                     # hours on two cores; run it again and it goes on
     python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
-    python experiments/evidence_runs.py --list                       # the commands, without running them
+    python experiments/evidence_runs.py --seeds                      # the tables of experiments/evidence.csv, no run
 
 --tables are names of TABLES, all but `broken` (for docs/curves.md) unless given; what their runs start from is trained
 too. --jobs seeds are trained at a time. Every run is one thread, keeps no average of its student, and writes to its own
 folder, runs/evidence/<name>/. A run that has its last checkpoint is not trained again; one that was interrupted starts
-anew. Tables go to runs/evidence/table_<name>/.
+anew. Its figures, of 64 samples of each caption, are a line of experiments/evidence.csv, and the tables are made from
+that file alone.
 """
 
+import csv
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
+
+from experiments.evidence import TWICE, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = (  # flags of all
@@ -44,6 +48,8 @@ RUNS = {
     "regression": ("+ regression", f"{VARIANT} regression --init dmd2 --steps 50"),
     "dfd": ("+ DFD", f"{DFD} --steps 50 {OFTEN}"),
     "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
+    "dfd_velocity": ("+ DFD, velocity", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity"),
+    "dfd_score": ("+ DFD, score", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score"),
     "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
     "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
@@ -53,8 +59,13 @@ RUNS = {
     "dmd2_on_x3": ("+ DMD2 x 3", f"{DFD} --steps 150 --data-prob 0 {SIMULATE}"),
     "codmd_on": ("+ CoDMD x 3", f"{CODMD} --init dmd2 --steps 150 {POST}"),
     "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
+    "euler": ("DMD2, Euler steps", f"{VARIANT} euler --gan-weight 0 --steps 500"),
+    "experts": ("DMD2, Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
+    "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 8 --steps 500"),
+    "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
+    "phased_disjoint": ("disjoint score times", f"{VARIANT} disjoint_sigmas --steps 500"),
     "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
     "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
     "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
@@ -63,20 +74,29 @@ RUNS = {
     "shift_1": ("shift 1", f"{DMD2} --steps 500 --shift 1"),
     "i2v": ("DMD2", f"{DMD2} {I2V} --steps 500"),
     "i2v_dfd": ("+ DFD", f"dfd.py {I2V} --init i2v --steps 50 {OFTEN}"),
-    "causal_start": ("ODE start", f"tools/ode_init.py {CAUSAL} --steps 1500 --preview-every 250"),
-    "causal": ("DMD2", f"{DMD2} {CAUSAL} --init causal_start --steps 500"),
-    "causal_on": ("+ DMD2", f"{DMD2} {CAUSAL} --init causal --steps 50 {POST}"),
-    "causal_dfd": ("+ DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
-    "causal_dfd_simulate": ("+ DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
+    "causal_start": ("causal, ODE start", f"tools/ode_init.py {CAUSAL} --steps 1500 --preview-every 250"),
+    "causal": ("causal DMD2", f"{DMD2} {CAUSAL} --init causal_start --steps 500"),
+    "causal_on": ("causal + DMD2", f"{DMD2} {CAUSAL} --init causal --steps 50 {POST}"),
+    "causal_dfd": ("causal + DFD", f"dfd.py {CAUSAL} --init causal --steps 50 {OFTEN}"),
+    "causal_dfd_simulate": ("causal + DFD, simulate", f"dfd.py {CAUSAL} --init causal --steps 50 {SIMULATE} {OFTEN}"),
 }
+# name: its runs
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_score dfd_simulate dfd_x3 dfd_x10",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
-    "phased_dmd": "dmd2 vanilla phased_dmd phased_4 phased_naive",
+    "phased_dmd": "dmd2 euler experts dpdmd ddmd vanilla phased_dmd phased_disjoint phased_4 phased_naive",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
     "broken": "dmd2 fake_score_rare lr_high guidance_1 guidance_8 no_normaliser shift_1",  # of curves.md
+}
+# name: its columns, of evidence.COLUMNS
+FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
+    "dfd": "right looks diversity diversity_shape saturation_mean brightness_mean distance",
+    "codmd": "right looks frames samples distance",
+    "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
+    "i2v": "right motions diversity brightness_mean",
+    "causal": "right looks brighter stronger distance",
 }
 
 
@@ -114,12 +134,21 @@ def train(runs_dir, name, seed):
     print(f"{name}, seed {seed}: done", flush=True)
 
 
+def table_in(path, table):
+    """A table in Markdown, made from the CSV file `path` alone: data and teacher, then the runs."""
+    teacher, lines = "tiny-i2v" if table == "i2v" else "tiny", csv.DictReader(open(path))
+    labels = ["", *(RUNS[name][0] for name in TABLES[table].split())]
+    rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
+    rows = [line for label in labels for own, line in rows if own == label]
+    return table_of(rows, FIGURES[table].split(), transpose=False)
+
+
 def main(
     tables: tuple[str, ...] = tuple(TABLES)[:-1],
     seeds: tuple[int, ...] = (0, 1, 2),
     jobs: int = 1,
     runs_dir: Path = Path("runs/evidence"),
-    list: bool = False,
+    path: Path = ROOT / "experiments" / "evidence.csv",
 ):
     runs_dir = runs_dir.resolve()
     wanted = {name for table in tables for name in TABLES[table].split()}
@@ -127,19 +156,16 @@ def main(
         if name in wanted:
             wanted.add(words_of(name)[1])  # what it starts from
     names = [name for name in RUNS if name in wanted]
-    if list:
-        for name in names:
-            for seed in seeds:
-                print("python", *command(runs_dir, name, seed))
-        return
     with ThreadPoolExecutor(jobs) as pool:
         tuple(pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds))
     for table in tables:
         rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
-        folders, labels = zip(*rows)
-        words = [*folders, "--names", *labels, "--out", runs_dir / f"table_{table}", "--seeds", "16"]
-        words += ["--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
-        subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
+        if rows:
+            folders, labels = zip(*rows)
+            words = [*folders, "--names", *labels, "--csv", path, "--out", runs_dir / f"table_{table}"]
+            words += ["--seeds", "64", "--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
+            subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
+        print("\n".join(["", table, "", *table_in(path, table)]))
 
 
 if __name__ == "__main__":

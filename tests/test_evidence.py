@@ -4,6 +4,7 @@ import csv
 import importlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,17 @@ def test_a_small_table(tmp_path, fails):
     script.main(small_args(script, runs_dir=tmp_path, steps=1, init=str(first)))
     tuned = only_run(tmp_path, script)
     runs, out = tuple(map(str, (first, second, tuned))), tmp_path / "out"
-    evidence.main(evidence.Args(runs=runs, names=("DMD2", "DMD2", "+ regression"), out=out, **QUICK))
+    for _ in range(2):  # the second time its lines stand in place of the first's
+        evidence.main(evidence.Args(runs=runs, names=("DMD2", "DMD2", "+ regression"), out=out, **QUICK))
     rows = [line.strip("|").split("|") for line in (out / "table.md").read_text().splitlines()]
     names = "data", "teacher, 1 steps, guidance 2", "teacher, 1 steps, guidance 1", "DMD2", "+ regression"
     assert [(row[0].strip(), int(row[1])) for row in rows[2:]] == list(zip(names, (1, 1, 1, 2, 1)))
     figures = [row for row in csv.DictReader(open(out / "figures.csv")) if row["name"] == "DMD2"]
-    assert [(row["run"], row["seed"]) for row in figures] == [(runs[0], "0"), (runs[1], "1")]
+    assert [(row["run"], row["seed"]) for row in figures] == [(first.name, "0"), (second.name, "1")]
+    assert figures[0]["commit"] == (first / "revision.txt").read_text().strip()
+    words = figures[1]["command"].split()
+    again = tyro.cli(dmd2.Args, args=words[2:], default=recipe_args(dmd2.Args))  # as the command line reads it
+    assert words[1] == "dmd2.py" and replace(again, runs_dir=str(tmp_path)) == load_run(second)[1]
     mean = sum(float(row["right"]) for row in figures) / 2
     assert float(rows[5][2].split("±")[0]) == pytest.approx(mean, rel=0.01)
     with Image.open(out / "clips.webp") as moving:
@@ -117,7 +123,7 @@ def test_raw_students_have_their_lora(tmp_path):
 def test_a_variant_is_a_patch_of_a_few_lines_that_fits(name):
     script, patch = variant.load(name), variant.PATCHES[name].read_text()
     about, base, changes = re.fullmatch(r"(.+?)--- a/(\w+\.py)\n\+\+\+ b/\2\n(.+)", patch, re.DOTALL).groups()
-    assert about.strip() and 0 < len(re.findall("^[+-]", changes, re.MULTILINE)) <= 16
+    assert about.strip() and 0 < len(re.findall("^[+-]", changes, re.MULTILINE)) <= 28
     own, others = Path(script.__file__).read_text().splitlines(), (ROOT / base).read_text().splitlines()
     assert {f"+{line}" for line in set(own) - set(others)} <= set(changes.splitlines())
     assert script.__name__ == Path(script.__file__).stem == f"{base.removesuffix('.py')}-{name}"
@@ -157,6 +163,17 @@ def test_vanilla_gives_the_gradient_of_all_steps():
         assert torch.allclose(x0, 0.82 * x_t)
         (grad,) = torch.autograd.grad(x0.sum(), student.theta)
         assert grad.item() == pytest.approx((0.6 * x_t + through * 0.82 * 0.4 * first).sum().item(), rel=1e-4)
+    # in Euler steps the noise at level .6 is the first: x_t = a(1) first + .6 (1 - a(1)) first
+    for name in ("euler", "dpdmd"):
+        x0 = variant.load(name).rollout(student, draws("student", 64), COND, shape, (1.0, 0.6))
+        assert torch.allclose(x0, 0.82 * (0.7 + 0.6 * 0.3) * first)
+
+
+def test_dpdmds_first_step_has_the_teachers_own_velocity_as_target_if_that_is_one_of_its_steps():
+    script, teacher, noise = variant.load("dpdmd"), ScaleShift(0.7), torch.ones(4, 1, 1, 1, 1)
+    args = small_args(script, teacher_steps=4, guidance_scale=1.0, shift=3.0)
+    x_t = script.sample_teacher(teacher, {}, (1, 1, 1, 1), args, None, COND, noise, 1)  # at u .75
+    assert script.anchor_loss(teacher(noise, torch.ones(4), COND)[0], noise, x_t, 0.9).item() < 1e-10
 
 
 def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_start():
@@ -172,8 +189,15 @@ def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_st
     assert {name for rows in evidence_runs.TABLES.values() for name in rows.split()} == set(names)
 
 
+def test_the_pages_tables_are_those_of_the_csv():
+    page, path = (ROOT / "docs" / "evidence.md").read_text().splitlines(), ROOT / "experiments" / "evidence.csv"
+    assert len({line["per_caption"] for line in csv.DictReader(open(path))}) == 1  # else looks do not compare
+    assert set(evidence_runs.table_in(path, "dfd")) <= set(page)
+
+
 def test_what_a_run_starts_from_is_trained_before_it_and_once(tmp_path, monkeypatch):
-    calls = []
+    calls, path = [], tmp_path / "figures.csv"
+    path.touch()
 
     def call(words, **_):
         calls.append(words[1:])
@@ -187,11 +211,11 @@ def test_what_a_run_starts_from_is_trained_before_it_and_once(tmp_path, monkeypa
     monkeypatch.setattr(evidence_runs.subprocess, "call", call)
     monkeypatch.setattr(evidence_runs.subprocess, "run", lambda words, **_: call(words))
     for _ in range(2):  # nothing is trained twice, and the table is written again
-        evidence_runs.main(("causal",), (3,), 1, tmp_path)
+        evidence_runs.main(("causal",), (3,), 1, tmp_path, path)
     *trained, table, again = calls
     names = evidence_runs.TABLES["causal"].split()
     assert [Path(words[words.index("--runs-dir") + 1]).name for words in trained] == names and again == table
     for words in trained[-3:]:
         assert words[words.index("--init") + 1] == str(tmp_path / "causal" / "x__tiny__3__now")
-    labels = table[table.index("--names") + 1 : table.index("--out")]
+    labels = table[table.index("--names") + 1 : table.index("--csv")]
     assert labels == [evidence_runs.RUNS[name][0] for name in names] and len(set(labels)) == len(names)
