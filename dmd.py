@@ -55,7 +55,7 @@ class Args(RunArgs):
     regression_weight: NonNegativeFloat = 0.25  # the paper's, for LPIPS
     """Weight of the regression on the teacher's pairs (eq. 9)."""
     pairs: str | None = None
-    """Folder of noise-video pairs from tools/make_pairs.py. None: solve --num-samples now and cache them."""
+    """Folder of noise-video pairs, such as another run's cache/pairs_…; None: solve --num-samples of them first."""
     pair_steps: PositiveInt = 50
     """Euler steps of the teacher for one pair."""
 

@@ -44,9 +44,9 @@ def train_on_ranks(world, script, **flags):
 
 def stopped(monkeypatch, step, run):
     """Calls `run`, and SIGTERM seems to reach it after `step` steps."""
-    signals = iter([0] * step + [signal.SIGTERM])
+    signals, asked = iter([0] * step + [signal.SIGTERM]), Run.stop_signal
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run, "stop_signal", lambda _: next(signals))
+        patch.setattr(Run, "stop_signal", lambda self: asked(self) or next(signals))
         run()
 
 

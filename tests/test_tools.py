@@ -1,4 +1,4 @@
-"""Programs as a user starts them, with a real teacher and nothing but --teacher, and make_pairs.py."""
+"""Programs as a user starts them, with a real teacher and nothing but --teacher."""
 
 import os
 import shutil
@@ -16,9 +16,8 @@ import dmd
 import dmd2
 import phased_dmd
 from models.presets import PRESETS
-from tests.conftest import ROOT, only_run, small_args
+from tests.conftest import ROOT, only_run
 from tests.ranks import run_program
-from tools import make_pairs
 from training.flags import recipe_args
 
 # what makes a run of Wan's recipe small, and nothing else
@@ -29,7 +28,6 @@ SIZE |= {"preview_prompts": 2, "preview_seeds": 2, "discriminator_blocks": (0, 1
 @pytest.mark.parametrize(
     "words",
     [
-        ["make_pairs.py", "--teacher", "gone", "--pairs", "pairs"],
         ["make_shards.py", "gone", "shards"],
         ["cost.py", "dmd2", "--teacher", "gone"],
         ["export.py", "gone", "out"],
@@ -52,22 +50,6 @@ def test_gpu_check_rehearsed_on_the_cpu(tmp_path):
     assert len(rows) == 7 and {len(cells) for cells in rows.values()} == {4}
     assert [name for name, cells in rows.items() if "failed" in cells[0]] == ["other attention"]
     assert all(float(cell) > 0 for name in ("as it is", "compiled") for cell in rows[name][:3])
-
-
-def test_make_pairs_goes_on_and_refuses_to_mix(tmp_path, fails):
-    out = tmp_path / "pairs"
-    flags = {"runs_dir": str(tmp_path), "pairs": str(out), "max_hours": 0.0}  # asked for, so never refused
-    make_pairs.main(small_args(**flags))
-    shards = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    assert len(shards) == 2
-    (out / "00000002.safetensors").unlink()
-    make_pairs.main(small_args(**flags))
-    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == shards
-    for other in ({"pair_steps": 3}, {"guidance_scale": 3.0}, {"seed": 1}, {"num_samples": 6}):
-        fails(lambda other=other: make_pairs.main(small_args(**flags, **other)), "other settings")
-    (out / "key.txt").unlink()  # so nobody knows of what settings they are
-    fails(lambda: make_pairs.main(small_args(**flags)), "other settings")
-    dmd.main(small_args(**flags, steps=1))
 
 
 @pytest.mark.slow

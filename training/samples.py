@@ -10,14 +10,14 @@ import common
 from training.files import UserError, hashed, stamps, write_shard
 
 
-def teacher_samples(run, data, sample, args, folder=None):
+def teacher_samples(run, data, sample, args):
     """Shards of the teacher's own samples, noise and latents, for the first --num-samples of data; made only once.
 
     sample: a function (rng, cond) -> latents. Ranks share the work, each with equally many batches, so that sharded
     networks run in step. Ends after the first batch if the others would take more than --max-hours.
     """
     rank, world, count = dist.get_rank(), dist.get_world_size(), args.num_samples
-    folder = folder or run.cache / f"pairs_{samples_key(data, args):016x}"
+    folder = run.cache / f"pairs_{samples_key(data, args):016x}"
     paths = {first: folder / f"{first:08d}.safetensors" for first in range(0, count, args.batch_size)}
     missing = [first for first, path in paths.items() if not path.is_file()]
     dist.barrier()
@@ -25,10 +25,8 @@ def teacher_samples(run, data, sample, args, folder=None):
     for turn in tqdm(range(turns), desc="teacher samples", disable=rank > 0 or not missing):
         first = missing[(turn * world + rank) % len(missing)]
         numbers = range(first, min(first + args.batch_size, count))
-        draws, cond = (
-            lambda numbers=numbers: common.SampleRNG(data.seed, "pairs", numbers, run.device),
-            data.cond(numbers),
-        )
+        draws = lambda numbers=numbers: common.SampleRNG(data.seed, "pairs", numbers, run.device)
+        cond = data.cond(numbers)
         # padding is zero, and no real token's embedding is
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
         prompts, own = [data.prompt(number) for number in numbers], {key: cond[key] for key in data.model.conditions}
