@@ -18,8 +18,11 @@ def prepare(network, transformers, gradient_checkpointing=0, keep_attention=Fals
         raise UserError(f"--attention {attention} has no gradient in diffusers: nothing would train through it")
     for transformer in transformers:
         if attention:
-            with attention_backend("native"):  # gives back what diffusers sets for all networks of the process
-                transformer.set_attention_backend(attention)
+            try:
+                with attention_backend("native"):  # gives back what diffusers sets for all networks of the process
+                    transformer.set_attention_backend(attention)
+            except (ValueError, ImportError, RuntimeError) as error:
+                raise UserError(f"--attention {attention}: {' '.join(str(error).split())[:300]}") from None
         if gradient_checkpointing:
             how = recompute(list(network.blocks), gradient_checkpointing, keep_attention)
             transformer.enable_gradient_checkpointing(how)

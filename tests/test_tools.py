@@ -68,5 +68,5 @@ def test_nothing_but_the_teacher(tmp_path):
         run = only_run(tmp_path, script)
         table = (run / "previews" / "table.md").read_text()
         assert "diversity" in table and "right" not in table
-    # clips by the teacher for dmd2.py and dfd.py, pairs for dmd.py: guidance and steps differ, so each has its own
-    assert len(list((tmp_path / "cache").glob("pairs_*"))) == 3
+    # clips by the teacher for dfd.py, pairs for dmd.py: guidance and steps differ, so each has its own
+    assert len(list((tmp_path / "cache").glob("pairs_*"))) == 2

@@ -90,8 +90,8 @@ class RunArgs:
     """Where run folders, and the cache of text embeddings and teacher samples, are written."""
     init: str | None = None
     """Start student and fake score from a run or checkpoint of any of these scripts, not from the teacher; its size,
-    and of a few-step student noise levels, guidance and frame block, hold here too unless given. A script's name (dmd2)
-    means its newest finished run on this teacher; students of others: docs/import.md."""
+    and of a few-step student noise levels, shift, guidance and frame block, hold here too unless given. A script's name
+    (dmd2) means its newest finished run on this teacher; students of others: docs/import.md."""
     init_strength: float = 1.0
     """What a LoRA at --init is multiplied with, beside its alpha / rank: a file that asks for less says so."""
     resume: str | None = None
