@@ -470,7 +470,7 @@ def test_help_is_in_groups_the_methods_own_first(monkeypatch, capsys):
 
 BAD = [("steps", 0), ("guidance_scale", math.nan), ("score_sigmas", (0.9, 0.1))]
 BAD += [("student_sigmas", (1.0, 0.2, 0.5)), ("student_sigmas", (0.7,)), ("discriminator_blocks", (1, 6))]
-BAD += [("frame_block", 2), ("resume", "latest"), ("init", "nowhere")]
+BAD += [("frame_block", 2), ("attention", "nonsense"), ("resume", "latest"), ("init", "nowhere")]
 
 
 @pytest.mark.parametrize(("flag", "value"), BAD)
