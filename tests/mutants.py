@@ -115,7 +115,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         "max(s * (s - 1), 1)": "max(s * s, 1)", "(codes >= 255)": "(codes > 255)",
     }),
     ("training/files.py", "tests/test_common.py", {'"little") >> 1': '"big") >> 1'}),
-    ("training/files.py", "tests/test_make_shards.py -k repaired", {"path.stat().st_size, first(path))": "0, 0)"}),
+    ("training/files.py", "tests/test_common.py -k stamp", {"path.stat().st_size, first(path))": "0, 0)"}),
     ("models/wan.py", "tests/test_models.py -k pipelines", {", walking backwards": ""}),
     ("models/wan.py", f"{MAINS} dmd2-", {"1000 * sigma.float()": "999 * sigma.float()", '"to_out.0", ': ""}),
     ("models/wan_5b.py", "tests/test_models.py -k pipelines", {"fps = 24": "fps = 16", "[:, 0] = 0": "[:, 0] = 1"}),
@@ -147,7 +147,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
     ("evaluation/vbench.py", "tests/test_eval_vbench.py", {
         "(4 * quality + semantic) / 5": "(quality + semantic) / 2", "0.2855": "0.2955",
     }),
-    ("evaluation/proxies.py", "tests/test_eval_vbench.py -k metrics", {"DWIDTH = 0.15": "DWIDTH = 0.3"}),
+    ("evaluation/proxies.py", "tests/test_metrics.py -k vendi", {"DWIDTH = 0.15": "DWIDTH = 0.3"}),
     ("evaluation/proxies.py", "tests/test_eval_vbench.py -k flow", {"int(0.05 * len": "int(0.5 * len"}),
     ("eval_vbench.py", "tests/test_eval_vbench.py", {
         '100_000 * item["entry"] + j': "100_000 + j",

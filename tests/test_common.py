@@ -17,7 +17,7 @@ import dmd
 from models.latents import decode, encode
 from tests.conftest import small_args
 from tiny.samples import TinyWorld
-from training.files import hashed, read_prompts, read_shard, write_shard, written_aside
+from training.files import hashed, read_prompts, read_shard, stamps, write_shard, written_aside
 from training.samples import samples_key, solver_settings, teacher_samples
 
 CPU = torch.device("cpu")
@@ -104,6 +104,15 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
         aside.touch()
         raise KeyError
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_stamp_is_of_what_a_file_holds_and_not_of_its_place(tmp_path):
+    found = []
+    for folder, text in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "longer")):
+        (path := tmp_path / folder / "x").parent.mkdir()
+        path.write_text(text)
+        found.append(hashed(stamps([path])))
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_prompts_are_encoded_once_and_each_as_itself(tmp_path, monkeypatch):
