@@ -106,9 +106,11 @@ def ours(run, tmp_path, image=None, packed=False):
     ],
 )
 def test_the_schedulers_config_comes_near_the_levels(levels, off):
-    scheduler = export.near_scheduler(SimpleNamespace(sigmas=levels, sampler="renoise", pipeline="WanPipeline"))
-    scheduler.set_timesteps(len(levels))
-    assert (scheduler.sigmas[:-1] - torch.tensor(levels)).abs().max() < off and scheduler.config.stochastic_sampling
+    for sampler in ("renoise", "euler"):
+        scheduler = export.near_scheduler(SimpleNamespace(sigmas=levels, sampler=sampler, pipeline="WanPipeline"))
+        scheduler.set_timesteps(len(levels))
+        assert (scheduler.sigmas[:-1] - torch.tensor(levels)).abs().max() < off
+        assert scheduler.config.stochastic_sampling == (sampler == "renoise")
 
 
 @pytest.fixture(scope="module")
