@@ -150,9 +150,9 @@ def in_diffusers_with_alpha(path):
 
 
 def in_peft(path):
-    """A folder, as peft saves it, and alpha in its config."""
+    """A folder, as peft saves it, and alpha in its config: over the rank's root, half."""
     network = WanTransformer3DModel.from_pretrained(TINY, subfolder="transformer")
-    network = get_peft_model(network, LoraConfig(r=4, lora_alpha=2, target_modules=list(LAYERS)))
+    network = get_peft_model(network, LoraConfig(r=4, lora_alpha=1, use_rslora=True, target_modules=list(LAYERS)))
     own = {f"base_model.model.{k}.lora_{ab}.default.weight": x for k, p in halves().items() for ab, x in zip("AB", p)}
     assert not network.load_state_dict(own, strict=False).unexpected_keys
     network.save_pretrained(path)

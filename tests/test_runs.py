@@ -256,7 +256,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     on_ranks(2, stopped_by, 1, tmp_path)
 
 
-def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys, fails):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr(Run, "log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train(runs_dir=tmp_path, steps=1000)
@@ -267,6 +267,7 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "resuming with --steps 2, it was 1000" in out and "4 samples per update, there were 2" in out
     train(runs_dir=tmp_path, steps=2, resume=run, guidance_scale=9.0)  # finished, it stays what it was trained with
     assert "is finished" in capsys.readouterr().out
+    fails(lambda: train(runs_dir=tmp_path, steps=1, resume=run), "--steps 1", str(run))
     assert checkpoints(tmp_path) == [1, 2]
     assert [load_run(path)[1].guidance_scale for path in (run, latest_checkpoint(run))] == [2.0, 2.0]
     assert json.loads((run / "args.json").read_text())["guidance_scale"] == 2.0

@@ -125,9 +125,8 @@ def main(args):
     if args.lora and (student.why_not_stock or not run_args.lora_rank):
         raise UserError(f"--lora: {student.why_not_stock or 'this run trained all weights'}")
     if args.comfyui and (args.lora or student.why_not_stock or not student.is_wan):
-        raise UserError(
-            f"--comfyui: {student.why_not_stock or 'it is for whole students of Wan; a LoRA loads as it is'}"
-        )
+        why = student.why_not_stock or "it is for whole students of Wan; a LoRA loads as it is"
+        raise UserError(f"--comfyui: {why}")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".export") as aside:
@@ -203,10 +202,7 @@ def lora_of(student, number):
     model_lora_keys_unet) and diffusers translates; for others diffusers' names below "transformer.".
     """
     reader = dcp.HuggingFaceStorageReader(str(student.checkpoint / "state"))
-    role, part = (
-        "ema" if student.args.ema_decay else "student",
-        student.part(student.folders[number]),
-    )
+    role, part = "ema" if student.args.ema_decay else "student", student.part(student.folders[number])
     if student.sampler == "euler" and number < len(student.folders) - 1:
         role = f"expert_{number}"
     prefix, wan = f"{role}.lora.{part}/", student.is_wan

@@ -78,7 +78,7 @@ def find_init(runs_dir, teacher, init, subject=None):
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, subject or teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
-        asked = f"train it (python {init}.py, same teacher), or --init another; --init None: from the teacher"
+        asked = "train it first, or --init another; --init None: from the teacher"
         raise UserError(
             f"--init: no file, folder or finished run of {init} in {runs_dir}, {subject or teacher}: {asked}"
         )

@@ -196,10 +196,10 @@ def parse_args(Args):
     known, others = scan.parse_known_args()
     given = {name: value for name, value in vars(known).items() if value is not None}
     for word in others:
-        if word in PRESETS or re.fullmatch(r"[\d.]+,[\d.,]*", word):
-            raise UserError(
-                f"did you mean {f'--teacher {word}' if word in PRESETS else word.replace(',', ' ').strip()}?"
-            )
+        if word in PRESETS:
+            raise UserError(f"did you mean --teacher {word}?")
+        if re.fullmatch(r"[\d.]+(,[\d.]+)+", word):
+            raise UserError(f"did you mean {word.replace(',', ' ')}?")
     own = {name: given[name] for name in ("teacher", "student", "data", "prompts") if name in given}
     args = recipe_args(Args, **own)
     place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)
@@ -210,11 +210,9 @@ def parse_args(Args):
         args = replace(args, **{**before, "runs_dir": str(run.parent), "resume": None, "track": False})
     elif init not in (None, "None"):
         with suppress(UserError):  # of what is not there, which the run says
-            before = flags_of(
-                Path(init)
-                if Path(init).exists()
-                else find_init(place, args.student or args.teacher, init, args.subject)
-            )
+            start = Path(init)
+            start = start if start.exists() else find_init(place, args.student or args.teacher, init, args.subject)
+            before = flags_of(start)
             args = replace(args, **{name: before[name] for name in handed_on(before, vars(args))})
     about = f"{sys.modules[Args.__module__].__doc__}\n{Args.__doc__} The values below are for --teacher {args.teacher}."
     # tyro joins lines that begin with a letter
