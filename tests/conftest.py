@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ from safetensors.torch import load_file
 
 import common
 import dmd
-from tests.ranks import on_ranks
 from training.files import UserError
 from training.flags import recipe_args
-from training.run import Run
 
 # sums in another order are other bits: one thread, here and in what the tests start
 torch.set_num_threads(1)
@@ -35,19 +32,6 @@ def small(script, flags):
 def small_args(script=dmd, **flags):
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     return recipe_args(script.Args, **small(script, flags))
-
-
-def train_on_ranks(world, script, **flags):
-    """A script's main in that many processes."""
-    on_ranks(world, script.main, small_args(script, **flags))
-
-
-def stopped(monkeypatch, step, run):
-    """Calls `run`, and SIGTERM seems to reach it after `step` steps."""
-    signals, asked = iter([0] * step + [signal.SIGTERM]), Run.stop_signal
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run, "stop_signal", lambda self: asked(self) or next(signals))
-        run()
 
 
 def only_run(runs_dir, script=dmd):

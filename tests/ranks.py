@@ -44,7 +44,7 @@ def on_ranks(world, function, *args, limit=1200):
         ends = [end_of(rank) for rank in ranks]
         for rank in ranks:
             rank.kill()
-        lines = [f"rank {i} ended with {ends[i]}:\n{said[i].read_text()[-3000:]}" for i in range(world)]
+        lines = [f"rank {i} ended with {ends[i]}:\n{said[i].read_text()[-12000:]}" for i in range(world)]
     assert ends == [0] * world, "\n".join(lines)
 
 

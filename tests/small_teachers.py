@@ -29,9 +29,16 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from models.images import to_pil
 from models.presets import PRESETS
+from tests.conftest import small_args
 
 TINY = PRESETS["tiny"].source
+FLAGS = {  # short runs with everything on
+    "steps": 4, "grad_accum": 1, "student_every": 2, "save_every": 2, "guidance_scale": 2.0, "shift": 3.0,
+    "student_sigmas": (1.0, 0.8), "phase_ends": (0.8, 0.0), "gan_weight": 0.01, "discriminator_blocks": (0, 1),
+    "gradient_checkpointing": 1, "lr": 1e-3, "fake_score_lr": 1e-3, "ema_decay": 0.5, "lora_rank": 0,
+}  # fmt: skip
 
 
 def put_in_torchvision():
@@ -200,3 +207,18 @@ def write(name, root):
     if not folder.is_dir():
         build().save_pretrained(folder)
     return f"{folder}{suffix}"
+
+
+def args_of(script, name, root, **flags):
+    """Flags of a script's short run on a small teacher; prompts and first frames are written below `root` too."""
+    (root / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
+    (root / "images").mkdir(exist_ok=True)
+    for i in range(1, 4):
+        pixels = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(i))
+        to_pil(pixels).save(root / "images" / f"{i}.png")
+    own = {"teacher": write(name, root), "prompts": root / "prompts.txt", "score_ends": ()}
+    own |= dict(zip(("frames", "height", "width"), SMALL[name][2:])) | (
+        {"images": root / "images"} if "i2v" in name else {}
+    )
+    own = {**FLAGS, **own, **flags}
+    return small_args(script, **{key: value for key, value in own.items() if hasattr(script.Args, key)})

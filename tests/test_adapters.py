@@ -6,15 +6,13 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-import codmd
 import common
 import dfd
-import dmd
 import dmd2
 import phased_dmd
 from models.adapters import layers_with_loras, turned_on
 from models.presets import PRESETS
-from tests.conftest import distance, only_run, same, small_args, state_of, stopped, student_weights, train_on_ranks
+from tests.conftest import distance, only_run, same, small_args, state_of
 from training.checkpoints import save_weights
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"].source
@@ -107,52 +105,6 @@ def test_a_bf16_base_stays_as_it_is_when_its_lora_is_exported_in_float32(tmp_pat
             change = 4.0 / 2 * student.lora[f"{key}B"] @ student.lora[f"{key}A"]
         value = value if ".time_embedder" in name else value.bfloat16().float()
         torch.testing.assert_close(merged[name], value + change)
-
-
-CAUSAL = {"lora_rank": 0, "frame_block": 1, "gan_weight": 0.0}
-
-
-SCRIPTS = [
-    (dmd, {}),
-    (dmd2, {}),
-    (dmd2, CAUSAL),  # whose student is none
-    (dfd, {"student_input": "simulate", "gan_weight": 0.1}),
-    (codmd, {"relation_weight": 1.0, "sample_relation": 1.0}),
-    (phased_dmd, {"gan_weight": 0.1, "ema_decay": 0.5}),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "flags"), SCRIPTS)
-def test_a_run_holds_loras_alone_and_resumes_exactly(tmp_path, monkeypatch, script, flags):
-    own = {"steps": 4, "save_every": 2, "student_every": 1, "ema_decay": 0.5, "lr": 1e-3, "gradient_checkpointing": 1}
-    args = lambda name, **more: small_args(script, runs_dir=tmp_path / name, **{**RANKS, **own, **flags}, **more)
-    script.main(args("unbroken"))
-    stopped(monkeypatch, 3, lambda: script.main(args("broken")))
-    script.main(args("broken", resume="latest"))
-    whole, again = (state_of(tmp_path / name, 4, script) for name in ("unbroken", "broken"))
-    assert same(whole, again)
-    assert same(*(student_weights(tmp_path / name, 4, script) for name in ("unbroken", "broken")))
-    # the base is in no checkpoint, and what is in it is small: LoRAs, heads, their moments
-    trained = [key for key in whole if flags is not CAUSAL or key.startswith("fake_score")]
-    assert trained and all("lora" in key or ".heads." in key for key in trained)
-    assert {key.split(".")[0] for key in whole} >= {"student", "fake_score", "ema", "student_optimizer"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [RANKS, {"fake_lora_rank": 3}, {"lora_rank": 2}], ids=["both", "fake", "student"])
-def test_two_processes_train_as_one(tmp_path, flags):
-    """With a discriminator, whose loss goes through the student and the fake score, which are one sharded network."""
-    flags = {"steps": 3, "save_every": 3, "student_every": 1, "lr": 1e-3, "ema_decay": 0.5, **flags}
-    flags |= {"gradient_checkpointing": 1}
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "one", batch_size=2, **flags))
-    train_on_ranks(2, dmd2, runs_dir=tmp_path / "two", batch_size=1, **flags)
-    one, two = (state_of(tmp_path / name, 3, dmd2) for name in ("one", "two"))
-    networks = [key for key in one if key.split(".")[0] in ("student", "fake_score", "ema")]
-    teacher = load_file(f"{TINY}/transformer/diffusion_pytorch_model.safetensors")
-    moved = distance(student_weights(tmp_path / "one", 3, dmd2), teacher)
-    assert one.keys() == two.keys() and moved > 0.01
-    assert distance(*({key: side[key] for key in networks} for side in (one, two))) < 5e-3 * moved
 
 
 @pytest.mark.slow

@@ -55,9 +55,14 @@ def test_a_job_that_saves_nothing_after_the_signal_has_failed(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_way_on_the_tiny_teacher(tmp_path):
-    """run_wan.sh with its smoke run's few steps, and again: one script is finished, the other one is resumed."""
+    """run_wan.sh with its smoke run's few steps and smaller previews, and again: one script is finished, the other one
+    is resumed.
+    """
+    small = "--preview-prompts 1 --preview-seeds 2 --teacher-steps 2 --batch-size 2"
+    (tmp_path / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@" {small}\n')
+    (tmp_path / "torchrun").chmod(0o755)
     own = {"TEACHER": "tiny", "STEPS": "2", "RUNS": str(tmp_path / "runs")}
-    env = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = {**os.environ, **own, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for finished in (0, 1):
         run = subprocess.run(["bash", "run_wan.sh"], cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
         assert run.returncode == 0, run.stdout[-3000:]

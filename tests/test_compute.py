@@ -3,13 +3,10 @@
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dmd2
-from models.presets import PRESETS
-from tests.conftest import distance, small_args, student_weights, train_on_ranks
-from tests.test_adapters import RANKS, loaded, velocity
+from tests.conftest import distance
+from tests.test_adapters import loaded, velocity
 
 
 def gradients(**compute):
@@ -70,15 +67,3 @@ def test_self_attention_that_is_kept_is_not_run_again():
 @pytest.mark.parametrize("name", ["sage", "_flash_3"])
 def test_attention_without_a_gradient_is_refused(fails, name):
     fails(lambda: loaded(attention=name), f"--attention {name}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "size", "flags"), [(2, 1, {}), (4, 2, RANKS)], ids=["copies", "two groups"])
-def test_shards_within_groups_of_processes(tmp_path, processes, size, flags):
-    """In units of how far both are from the teacher: AdamW's first steps are of one size, whatever the gradient."""
-    flags = {"steps": 3, "save_every": 3, "student_every": 1, "lr": 1e-3, "ema_decay": 0.0, "anneal_lr": False, **flags}
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path / "one", **flags, batch_size=processes))
-    train_on_ranks(processes, dmd2, runs_dir=tmp_path / "many", shard_size=size, **flags, batch_size=1)
-    one, many = (student_weights(tmp_path / name, 3, dmd2) for name in ("one", "many"))
-    far = distance(one, load_file(f"{PRESETS['tiny'].source}/transformer/diffusion_pytorch_model.safetensors"))
-    assert distance(one, many) < 2e-2 * far and far > 0.01

@@ -6,7 +6,7 @@ import torch
 import common
 import dfd
 import dmd2
-from tests.conftest import distance, same, small_args, state_of, student_weights, train_on_ranks
+from tests.conftest import same, small_args, state_of
 from tests.exact import COND, Gaussian, Grid, ScaleShift, column
 
 GROWS = 100.0  # stands for a spread without bound
@@ -68,11 +68,11 @@ def test_the_teachers_discrepancy_widens_a_perfect_student(sigma, bias):
 
 
 def test_data_prob_0_is_dmd2_bit_for_bit(tmp_path):
-    flags = {"steps": 3, "student_every": 2, "gan_weight": 0.01, "student_input": "data", "ema_decay": 0.99}
+    flags = {"steps": 2, "student_every": 1, "gan_weight": 0.01, "student_input": "data", "ema_decay": 0.99}
     flags |= {"anneal_lr": False, "lr": 2e-4, "fake_score_lr": 2e-4}  # where the recipes differ
     dmd2.main(small_args(dmd2, runs_dir=tmp_path, **flags))
     dfd.main(small_args(dfd, runs_dir=tmp_path, data_prob=0.0, **flags))
-    assert same(state_of(tmp_path, 3, dfd), state_of(tmp_path, 3, dmd2))
+    assert same(state_of(tmp_path, 2, dfd), state_of(tmp_path, 2, dmd2))
 
 
 def test_the_coin_is_fair_and_tells_nothing_of_the_exit_step():
@@ -80,13 +80,3 @@ def test_the_coin_is_fair_and_tells_nothing_of_the_exit_step():
     both = torch.tensor([[draw.uniform(stream) for draw in draws] for stream in ("coin", "exit")])
     assert (both < 0.25).float().mean(1).tolist() == pytest.approx([0.25, 0.25], abs=0.02)
     assert abs(torch.corrcoef(both)[0, 1]) < 0.05
-
-
-@pytest.mark.slow
-def test_two_ranks_toss_one_coin(tmp_path):
-    flags = {"steps": 6, "student_every": 1, "gan_weight": 0.0, "data_prob": 0.5}
-    dfd.main(small_args(dfd, runs_dir=tmp_path / "one", **flags))
-    dfd.main(small_args(dfd, runs_dir=tmp_path / "none", **{**flags, "data_prob": 0.0}))
-    train_on_ranks(2, dfd, runs_dir=tmp_path / "two", batch_size=1, **flags)
-    one, two, none = (student_weights(tmp_path / name, 6, dfd) for name in ("one", "two", "none"))
-    assert distance(two, one) < 0.02 * distance(none, one)

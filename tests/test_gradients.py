@@ -108,7 +108,7 @@ def test_the_page_to_play_with_has_the_same_numbers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", toy2d.SCRIPTS)
+@pytest.mark.parametrize("method", ["dfd", "phased_dmd"])
 def test_a_student_in_two_dimensions_moves_to_the_data(method, tmp_path, monkeypatch):
     for name, value in {"OUT": tmp_path, "STEPS": 400, "TEACHER_STEPS": 800}.items():
         monkeypatch.setattr(toy2d, name, value)

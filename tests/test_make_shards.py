@@ -2,7 +2,6 @@
 
 import json
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,7 +17,7 @@ from tests.ranks import on_ranks
 from tiny import world as tiny
 from tools import make_shards
 from tools.video_in.clips import find_clips
-from tools.video_in.video import Unreadable, read_clip, video_stream
+from tools.video_in.video import Unreadable, read_clip
 from training.media import write_mp4
 
 
@@ -213,16 +212,6 @@ def test_containers(tmp_path, name):
     path.with_suffix(".txt").write_text("\ufeffa caption\n", encoding="utf-8")
     assert find_clips(tmp_path) == ([(f"below/{name}", "a caption")], [])
     assert layout(read_clip(path, 9, 32, 32, 8)) == "rgbw"
-
-
-def test_covers_are_no_video():
-    cover = SimpleNamespace(disposition=av.stream.Disposition.attached_pic)
-    video = SimpleNamespace(disposition=av.stream.Disposition.default, codec_context=True)
-    container = lambda *streams: SimpleNamespace(streams=SimpleNamespace(video=streams))
-    assert video_stream(container(cover, video)) is video
-    for streams in ((), (cover,)):
-        with pytest.raises(Unreadable, match="no video"):
-            video_stream(container(*streams))
 
 
 # as ffplay shows it

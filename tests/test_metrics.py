@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from evaluation.proxies import vendi_score
-from tiny import world as tiny
 from training.media import GAP, LABEL_WIDTH, draw_sheet, write_mp4
 from training.metrics import frame_difference, pairwise_rms, preview_metrics, saturation
 
@@ -106,19 +105,6 @@ def test_mp4_round_trip(tmp_path):
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == (17, 32, 48, 3) and np.abs(frames / 255 - video.movedim(0, -1).numpy()).mean() < 0.01
-
-
-def test_mp4_of_tiny_frames_is_always_the_same(tmp_path):
-    """x264's macroblock tree is not, at 32 x 32: without mbtree=0 this fails (see h264_options)."""
-    clips, files = tiny.batch(0, range(8))[0], set()
-    faint = [0.25 + 0.1 * clip for clip in clips]  # little texture: where the tree has most to say
-    for time in range(30):
-        memory = [np.full(4000 + 64 * time, time / 7) for _ in range(5)]  # what a fresh buffer may hold
-        for i, clip in enumerate(faint):
-            del memory[:1]
-            write_mp4(tmp_path / "a.mp4", clip, 8)
-            files.add((i, (tmp_path / "a.mp4").read_bytes()))
-    assert len(files) == len(clips)
 
 
 @pytest.mark.parametrize("video", [torch.zeros(3, 2, 33, 32), torch.full((3, 2, 32, 32), math.nan)])

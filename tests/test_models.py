@@ -5,13 +5,11 @@ pipeline's scheduler is replaced by Euler steps at our noise levels: it is the n
 
 import dataclasses
 import inspect
-import itertools
 import json
 import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import diffusers
 import pytest
@@ -19,78 +17,40 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
 from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
-from huggingface_hub.errors import GatedRepoError
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
-import codmd
 import common
-import dfd
-import dmd
 import dmd2
 import models.folders
-import phased_dmd
 from models.folders import family_of, teacher_folder
 from models.images import find_images, read_images, to_pil
 from models.latents import encode
 from models.presets import PRESETS, TINY_WORLD, name_of
 from tests import small_teachers
-from tests.conftest import on_ranks, only_run, same, small_args, state_of
-from tests.ranks import adam_eps, train_all
-from tests.small_teachers import SMALL
+from tests.conftest import checkpoint_of, same, small_args, state_of
+from tests.small_teachers import SMALL, args_of
 from tools import make_shards
 from tools.video_in.video import read_clip
 from training.checkpoints import load_init
-from training.finished import load_run, students_of
-from training.flags import recipe_args
 from training.media import write_mp4
 from training.samples import samples_key
 
-CPU, EPS = torch.device("cpu"), 1e-6
+CPU = torch.device("cpu")
 PROMPTS, NEGATIVE, STEPS, SHIFT = ["a red circle", "a blue square"], "a green triangle", 4, 3.0
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SCRIPTS = (dmd, dmd2, dfd, codmd, phased_dmd)
-FLAGS = {
-    "steps": 4, "batch_size": 2, "grad_accum": 1, "student_every": 2, "preview_prompts": 2, "preview_seeds": 2,
-    "teacher_steps": 2, "num_samples": 4, "save_every": 2, "preview_every": 4, "guidance_scale": 2.0, "shift": 3.0,
-    "student_sigmas": (1.0, 0.8), "gan_weight": 0.01, "discriminator_blocks": (0, 1), "gradient_checkpointing": 1,
-    "lr": 1e-3, "fake_score_lr": 1e-3, "ema_decay": 0.5, "pair_steps": 2,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Small teachers, prompts for all of them and their first frames."""
+    """Where small teachers are written."""
     small_teachers.put_in_torchvision()
-    folder = tmp_path_factory.mktemp("teachers")
-    (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
-    (folder / "images").mkdir()
-    for i in range(1, 4):
-        to_pil(torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(i))).save(
-            folder / f"images/{i:02d}.png"
-        )
-    return folder
+    return tmp_path_factory.mktemp("teachers")
 
 
 def model_of(name, folders):
     common.init_distributed()
     return common.Model(small_teachers.write(name, folders), *SMALL[name][2:])
-
-
-def args_of(script, name, folders, runs_dir, **more):
-    size = dict(zip(("frames", "height", "width"), SMALL[name][2:]))
-    flags = FLAGS | size | {"teacher": small_teachers.write(name, folders), "runs_dir": str(runs_dir)}
-    flags |= {"prompts": str(folders / "prompts.txt")} | ({"images": str(folders / "images")} if "i2v" in name else {})
-    flags |= {"phase_ends": (0.8, 0.0), "lora_rank": 2 if name != "wan_5b" else 0} if script is phased_dmd else {}
-    flags |= {"score_ends": (0.9, 0.0)} if "experts" in name else {}
-    flags |= {"init": None} | more
-    known = script.Args.__dataclass_fields__
-    return recipe_args(script.Args, **{key: value for key, value in flags.items() if key in known})
-
-
-def exported(run, step):
-    place = run / "checkpoints" / f"step_{step:07d}" / "student"
-    return {path.parent.name: load_file(path) for path in sorted(place.glob(f"*/{WEIGHTS}"))}
 
 
 def stock_pipeline(teacher, steps=STEPS):
@@ -207,114 +167,19 @@ def test_sizes_frame_rates_and_negative_prompts_are_the_pipelines(name):
 
 # ------------------------------------------------------------------------------------------------------ training
 
-slow = lambda *params: pytest.param(*params, marks=pytest.mark.slow)
-OTHERS = [name for name in SMALL if name != "wan"]
 
-
-@pytest.mark.parametrize("name", [n if n == "wan_i2v_experts" else slow(n) for n in OTHERS])
-def test_students_sample_in_the_stock_pipeline(name, folders, tmp_path):
-    """One Euler step of the stock pipeline from sigma 1 is the one-step student."""
-    args = args_of(dmd2, name, folders, tmp_path, student_sigmas=(1.0,), preview_every=0, steps=2)
-    dmd2.main(args)
-    run, model = load_run(only_run(tmp_path, dmd2)), model_of(name, folders)
-    (student,) = students_of(model, CPU, *run, raw=False)
-    noise, cond, _, image = inputs(model, tmp_path)
-    with torch.no_grad():
-        ours = dmd2.predict_x0(student, noise, torch.ones(2), cond)
-        begun = dmd2.predict_x0(model.load_network("teacher", CPU), noise, torch.ones(2), cond)
-    pipe = stock_pipeline(args.teacher, steps=1)
-    for part in model.family.parts:
-        setattr(pipe, part, model.family.transformer_class.from_pretrained(run[-1] / "student" / part))
-    theirs = stock_latents(pipe, model, noise, 1.0, image, steps=1)
-    assert (ours - theirs).abs().max() < 1e-5 and (ours - begun).abs().max() > 1e-4
-    # what is saved of each expert is that expert, and --init takes both
-    state, again = state_of(tmp_path, 2, dmd2), model.load_network("student", CPU)
-    load_init(run[-1] / "student", {"student": again}, {})
-    for part, weights in exported(only_run(tmp_path, dmd2), 2).items():
-        assert same(weights, again.get_submodule(part).state_dict())
+def test_both_experts_are_saved_and_a_run_starts_from_both(folders, tmp_path):
+    """That the stock pipeline samples with them: test_export.py."""
+    dmd2.main(args_of(dmd2, "wan_i2v_experts", folders, runs_dir=tmp_path, steps=1, gan_weight=0.0))
+    state, student = state_of(tmp_path, 1, dmd2), checkpoint_of(tmp_path, 1, dmd2) / "student"
+    network = model_of("wan_i2v_experts", folders).load_network("student", CPU)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    load_init(student, {"student": network}, {})
+    for part in network.parts:
+        weights = load_file(student / part / WEIGHTS)
+        assert same(weights, network.get_submodule(part).state_dict())
         assert all(torch.equal(x, state[f"ema.{part}.{key}"]) for key, x in weights.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_script_trains_resumes_and_exports(name, folders, tmp_path):
-    """With every family phased_dmd.py is resumed, and in turn one of the others: how they resume is the same text."""
-    resumed = (phased_dmd, SCRIPTS[list(SMALL).index(name) % 4])
-    for script in SCRIPTS:
-        place = tmp_path / script.__name__
-        script.main(args_of(script, name, folders, place))
-        run = only_run(place, script)
-        ends = exported(run, 4)
-        assert ends and (run / "previews" / "step_0000004.png").is_file()
-        if script in resumed:  # from the middle, in a folder of its own: the same end, to the bit
-            before = run / "checkpoints" / "step_0000002"
-            script.main(args_of(script, name, folders, place, resume=str(before), preview_every=0))
-            (again,) = set(place.glob(f"{script.__name__}__*")) - {run}
-            assert all(same(weights, ends[part]) for part, weights in exported(again, 4).items()), script.__name__
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one(folders, tmp_path):
-    """Two processes with batch b, one with 2b: the same weights, up to what Adam makes of sums in another order.
-
-    With every family one script, and where there are two experts phased_dmd.py; they agreed to 4.3e-5. With Adam's own
-    eps it was 2.9e-3 for one pair: its first steps are of one size, so rounding shows where a gradient is nearly zero.
-    """
-    plain = {"steps": 2, "student_every": 1, "preview_every": 0, "save_every": 2, "gradient_checkpointing": 0}
-    others, runs = itertools.cycle(SCRIPTS[:4]), []
-    for name in OTHERS:
-        for script in (next(others), phased_dmd)[: 1 + ("experts" in name)]:
-            runs.append((script.__name__, args_of(script, name, folders, tmp_path / name / "2", batch_size=1, **plain)))
-            with adam_eps(EPS):
-                script.main(args_of(script, name, folders, tmp_path / name / "1", batch_size=2, **plain))
-    on_ranks(2, train_all, runs, EPS)
-    for script, args in runs:
-        place, start = Path(args.runs_dir).parent, teacher_folder(args.teacher)
-        one, other = (exported(next((place / world).glob(f"{script}__*")), 2) for world in "12")
-        for part, weights in one.items():  # phases begin with the teacher's one network
-            begun = load_file(start / (part if (start / part).is_dir() else "transformer") / WEIGHTS)
-            far, apart = (sum((w - x[key]).square().sum() for key, w in weights.items()) for x in (begun, other[part]))
-            assert apart**0.5 <= 2e-4 * far**0.5, f"{place}, {part}"
-
-
-def in_bf16(runs, told):
-    """`train_all` as a GPU would: bf16 in the blocks. Writes down the dtypes of Wan's blocks and time embedders."""
-    policy, load, seen = common.MixedPrecisionPolicy, common.Model.load_network, set()
-    bf16 = lambda **flags: policy(**flags | ({"param_dtype": torch.bfloat16} if "param_dtype" in flags else {}))
-
-    def watched(model, role, *args, **named):
-        network = load(model, role, *args, **named, **({"dtype": torch.bfloat16} if role == "teacher" else {}))
-        for last in (".to_q", ".time_embedder.linear_1"):
-            note = lambda module, args, last=last: seen.add(f"{last} {args[0].dtype} {module.weight.dtype}")
-            for _, module in filter(lambda named: named[0].endswith(last), network.named_modules()):
-                module.register_forward_pre_hook(note)
-        return network
-
-    with (
-        mock.patch.multiple(common, MixedPrecisionPolicy=bf16),
-        mock.patch.object(common.Model, "load_network", watched),
-    ):
-        train_all(runs)
-    told.write_text(" ".join(sorted(seen)))
-
-
-BF16 = [(dmd2, name, {}) for name in OTHERS] + [(script, "wan", {}) for script in SCRIPTS]
-BF16 += [(dmd2, "wan", {"lora_rank": 2, "fake_lora_rank": 2}), (dmd2, "wan", {"frame_block": 1, "gan_weight": 0.0})]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "name", "flags"), BF16)
-def test_the_cpu_stands_for_a_gpu(folders, tmp_path, script, name, flags):
-    """Two ranks in bf16, and one of the runs in two parts: the same end, to the bit."""
-    flags = {"batch_size": 1, "preview_every": 0, "keep_attention": script is dmd2, **flags}
-    args = lambda place, **more: args_of(script, name, folders, tmp_path / place, **flags, **more)
-    parts = [args("parts", steps=2), args("parts", resume="latest")] if (script, name) == (dmd2, "wan") else []
-    on_ranks(2, in_bf16, [(script.__name__, own) for own in (args("whole"), *parts)], tmp_path / "told")
-    wan, told = "wan" in name, (tmp_path / "told").read_text()
-    float32 = ".time_embedder.linear_1 torch.float32 torch.float32 " * wan
-    assert told == f"{float32}.to_q torch.bfloat16 torch.bfloat16"
-    ends = [state_of(tmp_path / place, 4, script) for place in ("whole", *(["parts"] if parts else []))]
-    assert same(ends[0], ends[-1])
 
 
 # ------------------------------------------------------------------------------------------------------- folders
@@ -350,14 +215,6 @@ def test_named_teachers_are_downloaded_as_asked_for(name, folders, tmp_path, mon
     # a folder of that family and config has its name
     (tmp_path / "hub/transformer/config.json").write_text(json.dumps(preset.config))
     assert name_of(f"{tmp_path}/hub{SMALL[small][1]}") == name
-
-
-def test_a_gated_repository_is_said_to_be_one(monkeypatch, fails):
-    gated, other = GatedRepoError("403\n\nCannot access", response=mock.MagicMock()), OSError("check your connection")
-    other.__cause__ = gated  # of a file, not of the repository's list
-    for error in (gated, other):
-        monkeypatch.setattr(models.folders, "snapshot_download", mock.Mock(side_effect=error))
-        fails(lambda: teacher_folder("cosmos2.5-2b"), "ask for access", "nvidia/Cosmos-Predict2.5-2B", "auth login")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +266,7 @@ def test_image_to_video_needs_images_and_only_it(folders, tmp_path, fails):
         ("wan_5b_i2v", None, "begins with an image"),
         ("wan_5b", str(folders / "images"), "--images"),
     ):
-        args = dataclasses.replace(args_of(dmd2, name, folders, tmp_path), images=images)
+        args = dataclasses.replace(args_of(dmd2, name, folders, runs_dir=str(tmp_path)), images=images)
         fails(lambda args=args: dmd2.main(args), word)
 
 
@@ -437,7 +294,8 @@ def test_images_are_read_as_they_are_seen(tmp_path, fails):
 
 def test_samples_of_the_teacher_are_those_of_their_first_frames_and_task(folders, tmp_path):
     """What is cached for some images is not found for others, nor by the text-to-video of the same weights."""
-    keys, prompts = [], str(folders / "prompts.txt")
+    keys, prompts = [], tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
     for name, colour in (("wan_5b_i2v", 0.0), ("wan_5b_i2v", 1.0), ("wan_5b", None)):
         model, images = model_of(name, folders), None
         if colour is not None:

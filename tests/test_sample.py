@@ -1,7 +1,6 @@
 """tools/sample.py: the bits of the previews, its files, every kind of run, and mistakes before anything is loaded."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,13 @@ import torch
 
 import common
 import dfd
-import dmd
 import dmd2
 import phased_dmd
 from models import latents as latents_module
 from models.images import to_pil
 from tests.conftest import ROOT, only_run, small_args
-from tests.ranks import run_program
-from tests.small_teachers import SMALL, write
 from tiny import world
-from tools import ode_init, sample
+from tools import sample
 from training import preview
 from training.media import read_video
 from training.preview import Preview
@@ -27,11 +23,8 @@ FAST = {"student_every": 1, "lr": 1e-2}  # in three steps the student is no long
 RUNS = {
     "dmd2, an average": (dmd2, {"ema_decay": 0.5}),
     "phased_dmd, LoRAs": (phased_dmd, {"lora_rank": 2, "fake_lora_rank": 2, "ema_decay": 0.5, "steps": 4}),
-    "ode_init": (ode_init, {"frame_block": 1}),
-    "dmd2, a smaller student": (dmd2, {"student": "tiny-small", "negative_prompt": "a blue square"}),
-    "dmd": (dmd, {"regression_weight": 0.02}),
     "dfd, images": (dfd, {"frames": 1, "prompts": "PROMPTS", "student_input": "simulate", "data_prob": 0.0}),
-    "dmd2, causal": (dmd2, {"frame_block": 1, "ema_decay": 0.5}),
+    "dmd2, causal, smaller": (dmd2, {"frame_block": 1, "student": "tiny-small", "negative_prompt": "a blue square"}),
 }
 
 
@@ -125,23 +118,6 @@ def run(tmp_path_factory):
     return only_run(folder, dmd2)
 
 
-@pytest.mark.slow
-def test_as_a_user_starts_it(run, tmp_path):
-    """Files of two prompts, and a second start refused."""
-    flags = ["--checkpoint", str(run), "--prompt", "a red circle", "--prompt", "a café at night", "--seeds", "2"]
-    start = lambda out: run_program(ROOT / "tools" / "sample.py", [*flags, "--seed", "5", "--teacher"], tmp_path, out)
-    code, said, _ = start(tmp_path / "first")
-    out = run / "samples"
-    assert code == 0 and f"8 samples in {out}" in said
-    names = [f"{p:02d}_{seed}{mark}.mp4" for p in range(2) for seed in (5, 6) for mark in ("", "_teacher")]
-    assert sorted(path.name for path in out.iterdir()) == sorted(["samples.json", "sheet.png", *names])
-    assert all(read_video(out / name).shape == (3, 9, 32, 32) for name in names)
-    record = json.loads((out / "samples.json").read_text())
-    assert record["prompts"] == ["a red circle", "a café at night"] and record["flags"]["seed"] == 5
-    code, said, error = start(tmp_path / "second")
-    assert (code, said, error.count("\n")) == (1, "", 1) and str(out) in error
-
-
 def test_image_to_video(tmp_path, fails):
     """One image for all prompts, or a folder with one for each."""
     dmd2.main(small_args(dmd2, teacher="tiny-i2v", runs_dir=tmp_path, steps=1, gan_weight=0.0))
@@ -180,21 +156,6 @@ def test_a_mistake_is_told_before_anything_is_loaded(run, fails, monkeypatch, tm
         monkeypatch.setattr(common.Model, name, lambda *_, **__: loaded.append(1))
     fails(lambda: sampled(**{"checkpoint": run, "out": tmp_path / "new", **flags}), words)
     assert not loaded and not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_a_teacher_that_has_moved(tmp_path):
-    """And one of another family: images, by a small random Qwen-Image."""
-    *_, frames, height, width = SMALL["qwen_image"]
-    teacher, prompts = write("qwen_image", tmp_path / "here"), tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\n")
-    own = {"teacher": teacher, "prompts": str(prompts), "frames": frames, "height": height, "width": width}
-    dmd2.main(small_args(dmd2, runs_dir=tmp_path, steps=1, gan_weight=0.0, **own))
-    (tmp_path / "here").rename(tmp_path / "there")
-    (run,) = tmp_path.glob("dmd2__*")
-    flags, moved = {"prompt": ("one",), "seeds": 1}, teacher.replace("/here/", "/there/")
-    sampled(run, **flags, teacher=True, teacher_folder=moved, out=tmp_path / "out")
-    assert {"00_0.png", "00_0_teacher.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.slow

@@ -58,28 +58,6 @@ def test_a_caption_fixes_what_it_names_and_nothing_else():
         world.draw_factors(0, 0, "a purple circle")
 
 
-def test_factors_are_uniform_modes_even_and_captions_true():
-    rows = [world.draw_factors(0, i) for i in range(2000)]
-    for name, (low, high) in world.RANGES.items():
-        values = torch.tensor([row[name] for row in rows])
-        assert values.min() >= low and values.max() <= high and abs(values.mean() - (low + high) / 2) < 0.03
-    for name, modes in world.MODES.items():
-        share = torch.bincount(torch.tensor([row[name] for row in rows])) / len(rows)
-        assert (share * len(modes) - 1).abs().max() < 0.15, name
-    named = [world.NAMED[world.CAPTIONS[row["caption"]]] for row in rows]
-    assert all(modes.items() <= row.items() for modes, row in zip(named, rows))
-    for names in world.LEVELS.values():
-        assert abs(sum(tuple(modes) == names for modes in named) / len(rows) - 1 / 5) < 0.03, names
-
-
-def test_shapes_stay_inside(clips):
-    videos, _, factors = clips
-    assert videos.min() >= 0 and videos.max() <= 1
-    # what the frame cut off would be missing from the shape's area
-    area = (videos.amax(1) - videos.amin(1)).sum((-2, -1)) / (factors["brightness"] * factors["saturation"])[:, None]
-    assert (area / (math.pi * factors["size"][:, None] ** 2) - 1).abs().max() < 0.03
-
-
 def test_continuations_begin_with_the_clip_and_go_on_as_the_world_does():
     """A clip's own motion and ramp are one more draw from those that its first frame leaves open: shapes at the edge
     move inwards in both alike, and what begins dark grows lighter.
@@ -185,15 +163,15 @@ def test_vae_keeps_the_factors_and_training_sees_its_normalised_latents(pipe):
     assert measures.summary(out, spoken)["right"] >= 97
 
 
-@pytest.mark.parametrize("length", [16, pytest.param(512, marks=pytest.mark.slow)])
-def test_stock_pipeline_draws_what_the_caption_says(pipe, length):
-    captions, size = world.EXAMPLES, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": length}
+def test_stock_pipeline_draws_what_the_caption_says(pipe):
+    captions, size = world.EXAMPLES, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
     rng = torch.Generator().manual_seed(0)
     frames = pipe(captions, **size, num_inference_steps=15, guidance_scale=2, generator=rng, output_type="pt").frames
     table = measures.summary(frames.movedim(1, 2), captions)
     assert table["right"] >= 75 and table["coherence"] < 0.6  # fewer steps and few samples: see tiny/README.md
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_smaller_teachers_loss_on_fresh_clips(pipe):
     """At the noise levels of training, of clips and captions that neither has seen: the figures of tiny/README.md."""
