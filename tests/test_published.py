@@ -244,14 +244,11 @@ def test_it_is_what_the_stock_pipeline_makes_of_a_lora(tmp_path):
 @pytest.mark.slow
 def test_on_two_ranks(tmp_path):
     """Of a LoRA all ranks share the weights, or each holds them whole."""
-    (
-        self_forcing(tmp_path / "model.pt", moved(0.01), moved(0.5), moved(-0.02)),
-        in_comfyui(tmp_path / "lora.safetensors"),
-    )
-    starts = {"model.pt": {}, "lora.safetensors": {"shard_size": 1}}
+    self_forcing(tmp_path / "model.pt", moved(0.01), moved(0.5), moved(-0.02))
+    in_comfyui(tmp_path / "lora.safetensors")
+    starts = {"model.pt": {}, "lora.safetensors": {"shard_size": 1}}.items()
     args = [
-        small_args(dmd2, runs_dir=tmp_path / f"of {path}", init=tmp_path / path, **own, **STILL)
-        for path, own in starts.items()
+        small_args(dmd2, runs_dir=f"{tmp_path}/{name}s", init=tmp_path / name, **STILL, **own) for name, own in starts
     ]
     on_ranks(2, train_all, [("dmd2", own) for own in args])
     for own, student, fake_score in zip(args, (moved(0.01), with_lora()), (moved(-0.02), teacher()), strict=True):
