@@ -72,8 +72,8 @@ def dmd_step(student, teacher, guided, lr, count, high=0.98):
         parameter.data -= lr * g
 
 
-def panels(count, size=2.5, height=None):
-    figure, axes = plt.subplots(1, count, figsize=(size * count, height or size), layout="constrained", squeeze=False)
+def panels(count, width=2.5, height=2.95):
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
     return figure, axes[0]
 
 
@@ -137,7 +137,7 @@ def mode_seeking(out):
                 for axis, (high, student) in zip(axes, students.items()):
                     torch.manual_seed(1)
                     axis.clear()
-                    plane(axis, f"scored to {high:g}, step {step}", TWO, student.draw(300))
+                    plane(axis, f"up to {high:g}, step {step}", TWO, student.draw(300))
                 if step == 0:
                     legend(figure)
                 writer.grab_frame()
@@ -202,7 +202,7 @@ def main(out: Path = OUT):
     torch.set_num_threads(1)
     torch.set_printoptions(precision=2, sci_mode=False)
     for picture in (field, mode_seeking, guidance, data_forcing):
-        print(f"{picture.__name__}: {picture(out)}", flush=True)
+        print(f"{picture.__name__}: {picture(out)}".replace("tensor(", "").replace(")", ""), flush=True)
 
 
 if __name__ == "__main__":
