@@ -1,6 +1,6 @@
 """What each method's gradient does, in pictures of few dimensions with exact scores: docs/how.md is made of them.
 
-    python experiments/gradients.py                   # all pictures into docs/how/, 20 s on one core
+    python experiments/gradients.py                   # all pictures into docs/how/, 25 s of one core
 
 The functions are the scripts' own. What stands in for a network is the exact velocity of a mixture of Gaussians; a
 sample is a "video" [b, c, 1, 1, 1] of c numbers. The fake score is exact too: it is that of the student's own samples.
@@ -91,7 +91,7 @@ def plane(axis, title, mixture, samples, size=5, low=-3.3):
 
 def legend(figure, columns=3):
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=1)
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=1, markerscale=2)
 
 
 def save(figure, path, columns=3):

@@ -84,7 +84,7 @@ def main(method: Literal[tuple(SCRIPTS)], /, seed: int = 0):
         update(optimizer, dmd.flow_loss(v, x0, noise))
     solver, pair_noise = SimpleNamespace(teacher_steps=50, shift=1, guidance_scale=1), torch.randn(2048, *SHAPE)
     pairs = dmd.sample_teacher(teacher, {}, SHAPE, solver, SimpleNamespace(normal=lambda shape: pair_noise), {})
-    (figure, axes), writer = panels(3), PillowWriter(fps=10)
+    (figure, axes), writer = panels(3, 3, 3.3), PillowWriter(fps=10)
     plane(axes[0], "data", DATA, DATA.draw(1000))
     plane(axes[1], TITLE.format("teacher", *measure(pairs)), DATA, pairs[:1000].flatten(1))
     writer.setup(figure, OUT / f"{method}.webp", dpi=90)
