@@ -17,8 +17,9 @@ from tests.conftest import only_run, small_args
 from tests.ranks import on_ranks
 from tiny import world as tiny
 from tools import make_shards
-from tools.video_in.clips import find_clips
-from tools.video_in.video import Unreadable, read_clip, video_stream
+from tools.make_shards import find_clips
+from tools.video_in import read_clip, video_stream
+from training.files import UserError
 from training.media import write_mp4
 
 
@@ -83,7 +84,7 @@ def layout(clip):
 
 
 def reason(path, frames=9):
-    with pytest.raises(Unreadable) as stop:
+    with pytest.raises(UserError) as stop:
         read_clip(path, frames, 32, 32, 8)
     return str(stop.value)
 
@@ -221,7 +222,7 @@ def test_covers_are_no_video():
     container = lambda *streams: SimpleNamespace(streams=SimpleNamespace(video=streams))
     assert video_stream(container(cover, video)) is video
     for streams in ((), (cover,)):
-        with pytest.raises(Unreadable, match="no video"):
+        with pytest.raises(UserError, match="no video"):
             video_stream(container(*streams))
 
 

@@ -12,10 +12,12 @@ A video that cannot be used is skipped, and skipped.txt beside the shards says w
 or with more clips: it encodes those that no shard holds yet.
 """
 
+import csv
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,12 +29,11 @@ import dmd2
 from models.images import SUFFIXES as PICTURES
 from models.images import read_images
 from models.latents import encode
-from tools.video_in.clips import SUFFIXES as VIDEOS
-from tools.video_in.clips import find_clips
-from tools.video_in.video import Unreadable, read_clip
+from tools.video_in import read_clip
 from training.files import UserError, hashed, opened, read_shard, stamps, write_shard, written_aside
 from training.flags import one_line_errors, recipe_args
 
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
 
 
@@ -57,6 +58,53 @@ class Args:
     """Clips in a shard."""
 
 
+class Clip(NamedTuple):
+    name: str  # its path below the folder, or as the table has it
+    caption: str
+
+
+def find_clips(folder, metadata=None, suffixes=VIDEOS):
+    """(clips, skipped): a list of Clip, each once, and a list of (name, reason). metadata: a table of the videos below
+    the folder, see read_table, or None where each file of these suffixes has its caption in a .txt file beside it.
+    """
+    rows = read_table(metadata) if metadata else beside(folder, suffixes)
+    clips, skipped = {}, []
+    for name, caption in rows:
+        caption = " ".join((caption or "").split())
+        if not caption:
+            skipped.append((name, "it has no caption in UTF-8"))
+        elif not (folder / name).is_file():
+            skipped.append((name, "there is no such file"))
+        else:
+            clips[Clip(name, caption)] = None
+    return list(clips), skipped
+
+
+def beside(folder, suffixes):
+    """[(video's path below the folder, caption or None)] of all videos in a folder and its subfolders, sorted."""
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return [(str(path.relative_to(folder)), read_caption(path.with_suffix(".txt"))) for path in videos]
+
+
+def read_caption(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def read_table(path):
+    """[(file_name, caption)] of a UTF-8 table with these columns: CSV with a header, or JSON objects, one a line."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+            if any(None in row for row in rows):  # a caption with commas and without quotes would be cut
+                raise ValueError("a row has more fields than the header: put captions that hold commas into quotes")
+            return [(row["file_name"], row["caption"]) for row in rows]
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise UserError(f"cannot read {path} as a table of file_name and caption: {error!r}") from None
+
+
 def survey(args, model):
     """(todo, done, skipped): [(key, Clip)] that no shard in args.out holds, how many one does, [(name, reason)].
 
@@ -64,7 +112,7 @@ def survey(args, model):
     """
     clips, skipped = find_clips(args.clips, args.metadata, VIDEOS | set(PICTURES if model.size[0] == 1 else ()))
     parts = ("vae", "tokenizer", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
-    encoders = stamps([file for part in parts for file in sorted((model.folder / part).glob("*")) if file.is_file()])
+    encoders = stamps(model.folder / part for part in parts)
     shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
     settings = hashed(READER, *model.size, model.fps, *shapes, model.text_length, encoders)
     keyed = {hashed(settings, clip.name, stamps([args.clips / clip.name]), clip.caption): clip for clip in clips}
@@ -104,7 +152,7 @@ def main(args):
                     video = read_images([path], height, width)
                 else:
                     video = read_clip(path, frames, height, width, model.fps)[None]
-            except (Unreadable, UserError) as error:
+            except UserError as error:
                 skipped.append((clip.name, str(error)))
                 continue
             kept.append(number)
