@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import common
 import dmd
 from tests.ranks import on_ranks
-from training.files import UserError
+from training.files import MISTAKES, one_line
 from training.flags import recipe_args
 from training.run import Run
 
@@ -100,9 +100,9 @@ def fails():
     """Run the function; it must end in an error that is printed in one line, with these words."""
 
     def check(function, *words):
-        with pytest.raises((UserError, OSError)) as stop:
+        with pytest.raises(MISTAKES) as stop:
             function()
-        line = str(stop.value)
+        line = one_line(stop.value)
         assert "\n" not in line and all(word in line for word in words), line
 
     return check

@@ -66,15 +66,6 @@ class Args:
     """Folder for the files, new or empty. Else samples/ in the run's folder."""
 
 
-def first_frames(image, model, count):
-    """Paths of the images that `count` prompts begin with, none for text-to-video."""
-    if bool(model.conditions) != bool(image):
-        raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --image")
-    if image and image.is_dir():
-        return find_images(image, count)
-    return [image] * count if image else []  # cropped in the middle where its aspect is another
-
-
 @torch.no_grad()
 def main(args):
     if bool(args.prompt) == bool(args.prompts):
@@ -86,7 +77,7 @@ def main(args):
     model = common.Model(
         run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
     )
-    images, run = first_frames(args.image, model, len(prompts)), run_of(checkpoint) or checkpoint
+    images, run = find_images(model, args.image, len(prompts)), run_of(checkpoint)
     out, cache = args.out or run / "samples", run.parent / "cache"
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: delete it, or give another folder with --out")
