@@ -29,8 +29,7 @@ demo: .venv/installed
 	@echo "3/3 clips of all, a minute"
 	$(BIN)/python experiments/evidence.py "$$(ls -td runs/demo/dmd2__tiny__* | head -1)" \
 		"$$(ls -td runs/demo/dfd__tiny__* | head -1)" --names DMD2 "+ DFD" \
-		--seeds 12 --repeats 1 --teacher-steps 25 --transpose --out runs/demo \
-		--figures right looks diversity saturation_mean brightness_mean distance
+		--seeds 12 --repeats 1 --teacher-steps 25 --card --out runs/demo
 	@echo "next: source .venv/bin/activate; python dmd2.py --help; README.md"
 
 test: .venv/installed

@@ -278,8 +278,8 @@ def main(args):
                     grad = dmd_gradient(x0, x0_teacher, x0_fake)
                 loss = student_loss(x0, grad)
                 log["loss/student"] += loss.detach() / args.grad_accum
-                weights = (args.sample_relation, args.frame_relation, args.relation_temperature)
-                relation = relation_loss(x0, x0_teacher, x0_fake, *weights)
+                parts = args.sample_relation, args.frame_relation
+                relation = relation_loss(x0, x0_teacher, x0_fake, *parts, args.relation_temperature)
                 log["loss/relation"] += relation.detach() / args.grad_accum
                 loss = loss + args.relation_weight * relation
                 if args.gan_weight:

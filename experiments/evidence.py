@@ -33,13 +33,16 @@ from training.metrics import pairwise_rms, preview_metrics
 
 COLUMNS = {
     "right": "right, %", "looks": "looks", "looks_present": "looks present, %", "motions": "motions",
-    "diversity": "diversity", "diversity_shape": "diversity of a shape", "position": "position spread, px",
+    "diversity": "diversity", "diversity_shape": "diversity of a shape", "diversity_named": "diversity, all named",
+    "position": "position spread, px",
     "saturation_mean": "saturation", "brightness_mean": "brightness", "clipped": "clipped pixels, %",
     "speed_mean": "speed, px/frame", "coherence": "coherence, px",
     "frames": "frame relations", "samples": "sample relations",
     "distance": "distance to data", "brighter": "brightness, last - first", "stronger": "saturation, last - first",
    }  # fmt: skip
 TWICE = ", twice the length"
+# figures of `make demo`, and the range of its DFD student over three seeds
+CARD = {"right": "", "looks": "", "diversity": "", "saturation_mean": "", "brightness_mean": "", "distance": ""}
 
 
 @dataclass
@@ -59,10 +62,8 @@ class Args:
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
-    transpose: bool = False
-    """One column per run and one row per figure: easier to read for a few runs."""
-    figures: tuple[str, ...] = tuple(COLUMNS)
-    """Figures of the table, of COLUMNS; figures.csv has all."""
+    card: bool = False
+    """A report card: few figures, each a row, a column per run, and what is healthy for a short run of DMD2 and DFD."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
     csv: Path | None = None
@@ -108,6 +109,8 @@ def measure(clips, reference):
     row = measures.summary(clips.flatten(0, 1), [caption for caption in tiny.EXAMPLES for _ in range(seeds)])
     pixels = preview_metrics(clips)
     row |= {"diversity": pixels["diversity"], "diversity_shape": pairwise_rms(clips[0])}
+    named = [own for caption, own in zip(tiny.EXAMPLES, clips) if len(tiny.NAMED[caption]) == len(tiny.MODES)]
+    row["diversity_named"] = sum(map(pairwise_rms, named)) / len(named)
     row |= {"clipped": 100 * pixels["clipped"], "distance": float("nan")}
     clean, x, y = (f[name].split(seeds) for name in ("clean", "x", "y"))
     spreads = [torch.hypot(a[c].std(), b[c].std()) for c, a, b in zip(clean, x, y) if c.sum() > 1]
@@ -149,7 +152,7 @@ def add_to(path, rows):
         writer.writerows(table.values())
 
 
-def table_of(rows, figures, transpose):
+def table_of(rows, figures=tuple(COLUMNS), card=False):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
     table = [["", "seeds", *(COLUMNS[figure] for figure in figures)]]
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -158,7 +161,8 @@ def table_of(rows, figures, transpose):
         for figure in figures:
             values = torch.tensor([float(row[figure]) for row in own])
             table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
-    table = zip(*table) if transpose else table
+    if card:
+        table = zip(*table, ["healthy", "", *CARD.values()])
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return [lines[0], "|---|" + "---:|" * (lines[0].count("|") - 2), *lines[1:]]
 
@@ -234,7 +238,7 @@ def main(args):
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
             add(name + TWICE, run, run_args.seed, latents, **about)
 
-    lines = table_of(rows, args.figures, args.transpose)
+    lines = table_of(rows, CARD, card=True) if args.card else table_of(rows)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     add_to(args.csv or args.out / "figures.csv", rows)
     sheet = [(f"{tiny.EXAMPLES[i]}: {name}", own[i]) for i in (0, 1) for name, own in shown.items()]

@@ -50,6 +50,11 @@ RUNS = {
     "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
     "dfd_velocity": ("+ DFD, velocity", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity"),
     "dfd_score": ("+ DFD, score", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score"),
+    "dfd_velocity_p1": (
+        "+ DFD, velocity, p 1",
+        f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity --data-prob 1",
+    ),
+    "dfd_score_p1": ("+ DFD, score, p 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score --data-prob 1"),
     "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
     "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
@@ -83,7 +88,8 @@ RUNS = {
 # name: its runs
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_score dfd_simulate dfd_x3 dfd_x10",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
+    "spaces": "dmd2 dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
     "phased_dmd": "dmd2 euler experts dpdmd ddmd vanilla phased_dmd phased_disjoint phased_4 phased_naive",
     "i2v": "i2v i2v_dfd",
@@ -92,7 +98,8 @@ TABLES = {
 }
 # name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
-    "dfd": "right looks diversity diversity_shape saturation_mean brightness_mean distance",
+    "dfd": "right looks diversity saturation_mean brightness_mean distance",
+    "spaces": "right looks diversity diversity_shape diversity_named brightness_mean distance",
     "codmd": "right looks frames samples distance",
     "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
     "i2v": "right motions diversity brightness_mean",
@@ -140,7 +147,7 @@ def table_in(path, table):
     labels = ["", *(RUNS[name][0] for name in TABLES[table].split())]
     rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
     rows = [line for label in labels for own, line in rows if own == label]
-    return table_of(rows, FIGURES[table].split(), transpose=False)
+    return table_of(rows, FIGURES[table].split())
 
 
 def main(
