@@ -53,7 +53,7 @@ class Run:
         if device.type == "cpu" and not args.cpu and needs_gpu(args.teacher):
             raise UserError(f"{args.teacher} would train on the CPU, as no GPU is visible: see to that, or give --cpu")
         self.script, self.device, self.rank = Path(script), device, dist.get_rank()
-        self.cache = Path(args.runs_dir) / "cache"
+        self.cache, self.which = Path(args.runs_dir) / "cache", (self.script.stem, args.subject, args.seed)
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
@@ -62,11 +62,11 @@ class Run:
             args = replace(args, init=str(self.init))
         self.args, lines = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str)), ()
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not args.resume:  # then by torchrun
-            runs = runs_of(args.runs_dir, self.script.stem, args.subject, args.seed)
+            runs = runs_of(args.runs_dir, *self.which)
             begun = [str(run) for run in runs if flags_of(run) == self.args and latest_checkpoint(run)]
             args = replace(args, resume=begun[-1] if begun else None)
         if args.resume:
-            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.subject, args.seed, args.resume)
+            self.checkpoint = find_checkpoint(args.runs_dir, *self.which, args.resume)
             record = read_json(self.checkpoint / "checkpoint.json")  # which is written last
             self.step, self.world = record["step"], record["world_size"]
             lines = check_resumed(self.checkpoint.parents[1], self.step, self.args)
@@ -76,7 +76,7 @@ class Run:
             self.say(line)
         if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
             self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
-        self.folder, self.subject = None, args.subject  # until it is open
+        self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
         self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
 
@@ -115,8 +115,8 @@ class Run:
 
     def open_folder(self):
         """The run's folder, made for a new run; None if another process trains in it."""
-        name = run_name(self.script.stem, self.subject, self.args["seed"])
-        folder = self.folder or Path(self.args["runs_dir"]) / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
+        new = Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}"
+        folder = self.folder or new
         for part in ("checkpoints", "previews"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / ".lock", "w")
