@@ -16,8 +16,7 @@ def find_images(model, images, count):
     folder with that of line n of a file of prompts as n (1.png, 002.jpg, …).
     """
     if bool(model.conditions) != bool(images):
-        why = "begins with an image: give --images" if model.conditions else "takes no image"
-        raise UserError(f"{model.name} {why}")
+        raise UserError(f"{model.name} {'begins with an' if model.conditions else 'takes no'} image: see --images")
     if not images or Path(images).is_file():
         return [images] * count if images else []
     paths = [path for path in Path(images).iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]

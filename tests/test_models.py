@@ -396,7 +396,7 @@ def test_weights_that_would_be_read_as_others_are_one_line(change, part, folders
 def test_image_to_video_needs_images_and_only_it(folders, tmp_path, fails):
     for name, images, word in (
         ("wan_5b_i2v", None, "begins with an image"),
-        ("wan_5b", str(folders / "images"), "takes no image"),
+        ("wan_5b", str(folders / "images"), "--images"),
     ):
         args = dataclasses.replace(args_of(dmd2, name, folders, tmp_path), images=images)
         fails(lambda args=args: dmd2.main(args), word)
