@@ -109,6 +109,6 @@ def name_of(teacher):
 
 def most_like(teacher):
     """The name in PRESETS of a teacher, or of the first one of its family."""
-    name, folder = name_of(teacher), Path(teacher.removesuffix(":i2v"))
-    family = family_name(teacher) if (folder / "model_index.json").is_file() else "wan.Wan"
-    return name if name in PRESETS else next(other for other, preset in PRESETS.items() if preset.family == family)
+    name = name_of(teacher)
+    own = [name] if name in PRESETS else [other for other, p in PRESETS.items() if p.family == family_name(teacher)]
+    return own[0]
