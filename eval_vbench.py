@@ -33,7 +33,7 @@ from models.latents import decode
 from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
 from training.files import UserError, hashed, read_json, read_prompts, stamps, written_aside
-from training.finished import load_run, student_sampler, teacher_sampler
+from training.finished import load_run, model_of, student_sampler, teacher_sampler
 from training.flags import one_line_errors
 from training.media import h264_options, read_video, write_video
 from training.run import check_shared
@@ -143,9 +143,7 @@ def generate(args, device):
     script, run_args, checkpoint = load_run(args.checkpoint)
     own = {name: vars(args)[name] for name in ("teacher", "frames", "height", "width")}
     run_args = replace(run_args, **{name: value for name, value in own.items() if value is not None})
-    model = common.Model(
-        run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
-    )
+    model = model_of(run_args)
     entries, fed = read_entries(args, run_args.teacher)
     images = find_images(model, args.images, len(entries))
     items, raw = vbench.items_of(entries, fed), args.checkpoint.endswith(":raw")

@@ -244,9 +244,7 @@ def snippet(student, out, lora):
 
 def notes(student):
     """What a user of the stock pipeline should know, a list of sentences."""
-    found = [
-        "It is trained for these noise levels, set above, and for guidance 1. The config alone has other ones between."
-    ]
+    found = ["It is trained for these noise levels, set above, and for guidance 1. The config alone has others."]
     if student.model.conditions:
         found += [f"Give an image of {student.args.width} x {student.args.height}: the pipeline stretches any other."]
     if len(student.folders) > 1:

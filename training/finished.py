@@ -21,6 +21,11 @@ def load_run(folder):
     return script, script.Args(**{name: value for name, value in record.items() if name in known}), checkpoint
 
 
+def model_of(args):
+    """The Model of a run with these flags, but for those that change time and memory alone."""
+    return common.Model(args.teacher, *args.size, student=args.student, negative_prompt=args.negative_prompt)
+
+
 def load_script(name):
     """The module of a script of this repository, or of a variant of one."""
     name, _, variant = name.partition("-")
