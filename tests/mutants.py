@@ -53,8 +53,8 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
     }),
     ("dfd.py", "tests/test_pairs.py", {"data_prob: Unit = 0.5": "data_prob: Unit = 1.0"}),
     ("codmd.py", f"{MAINS} codmd", {
-        "relation_loss(x0, x0_teacher, x0_fake, *w": "relation_loss(x0, x0_fake, x0_teacher, *w",
-        "(args.sample_relation, args.frame_relation,": "(args.frame_relation, args.sample_relation,",
+        "relation_loss(x0, x0_teacher, x0_fake, *p": "relation_loss(x0, x0_fake, x0_teacher, *p",
+        "args.sample_relation, args.frame_relation": "args.frame_relation, args.sample_relation",
     }),
     ("codmd.py", "tests/test_codmd.py", {"(s - (f - t)).detach()": "(s - (f - t))"}),
     ("phased_dmd.py", f"{MAINS} phased", {
