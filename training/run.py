@@ -99,8 +99,6 @@ class Run:
             self.folder = self.checkpoint.parents[1]
         found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
-        if not found[0]:
-            raise UserError(f"another process trains in {self.folder}: wait until it has ended")
         self.folder = found[0]
         if self.rank == 0:
             self.describe()
@@ -114,7 +112,7 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
     def open_folder(self):
-        """The run's folder, made for a new run; None if another process trains in it."""
+        """The run's folder, made for a new run; UserError if another process trains in it."""
         new = Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}"
         folder = self.folder or new
         for part in ("checkpoints", "previews"):
@@ -123,7 +121,7 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return None
+            raise UserError(f"another process trains in {folder}: wait until it has ended") from None
         for leftover in folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
         return folder
