@@ -139,7 +139,7 @@ def test_a_bad_clip_is_skipped_and_added_when_it_is_repaired(clips, tmp_path):
     make_shards.main(args(folder, out))
     reasons = skipped(out)
     assert list(reasons) == ["1.mp4", "3.mp4", "4.mp4", "5.mp4"]
-    assert "cannot be decoded" in reasons["1.mp4"] and "5 of 9 frames" in reasons["3.mp4"]
+    assert "cannot read" in reasons["1.mp4"] and "5 of 9 frames" in reasons["3.mp4"]
     assert "caption" in reasons["4.mp4"] and "caption" in reasons["5.mp4"]
     assert shards(out).prompts == [captions[0], captions[2]]
     before = files(out)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from training.files import UserError
+from training.files import UserError, readable
 
 HDR = {16: "PQ, SMPTE 2084", 18: "HLG, ARIB STD-B67"}  # transfer functions by their number in ISO/IEC 23091-2
 
@@ -20,16 +20,12 @@ def read_clip(path, frames, height, width, fps):
     too few frames, no times, another size midway, HDR, or an angle that is no multiple of 90 degrees.
     """
     clip, count = torch.empty(3, frames, height, width), 0
-    try:
-        with av.open(str(path)) as container:
-            stream = video_stream(container)
-            for frame, times in nearest_frames(timed_frames(container, stream), frames, fps):
-                picture = fit(frame, stream.sample_aspect_ratio or 1, height, width)
-                clip[:, count : count + times] = picture[:, None]
-                count += times
-    except (OSError, ValueError, av.error.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"it cannot be decoded: {' '.join(reason.split())}") from None
+    with readable(path), av.open(str(path)) as container:
+        stream = video_stream(container)
+        for frame, times in nearest_frames(timed_frames(container, stream), frames, fps):
+            picture = fit(frame, stream.sample_aspect_ratio or 1, height, width)
+            clip[:, count : count + times] = picture[:, None]
+            count += times
     if count < frames:
         raise UserError(f"it has {count} of {frames} frames at {fps} a second (see --frames)")
     return clip
