@@ -142,7 +142,7 @@ MUTANTS = [  # (file, arguments of pytest, {passage: what replaces it})
         "reach = (self.before + x_t.shape[2]) / self.frames": "reach = 1",
     }),
     ("tools/sample.py", "tests/test_sample.py", {"cond_of([p for p, _": "cond_of([0 for p, _"}),
-    ("tools/make_shards.py", "tests/test_make_shards.py", {"[number][1].caption for": "[number - 1][1].caption for"}),
+    ("tools/make_shards.py", "tests/test_make_shards.py", {"[number][2] for": "[number - 1][2] for"}),
     ("evaluation/vbench.py", "tests/test_eval_vbench.py", {
         "(4 * quality + semantic) / 5": "(quality + semantic) / 2", "0.2855": "0.2955",
     }),

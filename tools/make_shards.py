@@ -17,7 +17,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from models.images import SUFFIXES as PICTURES
 from models.images import read_images
 from models.latents import encode
 from tools.video_in import read_clip
-from training.files import UserError, hashed, opened, read_shard, stamps, write_shard, written_aside
+from training.files import UserError, hashed, opened, read_shard, readable, stamps, write_shard, written_aside
 from training.flags import one_line_errors, recipe_args
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
@@ -58,14 +58,9 @@ class Args:
     """Clips in a shard."""
 
 
-class Clip(NamedTuple):
-    name: str  # its path below the folder, or as the table has it
-    caption: str
-
-
 def find_clips(folder, metadata=None, suffixes=VIDEOS):
-    """(clips, skipped): a list of Clip, each once, and a list of (name, reason). metadata: a table of the videos below
-    the folder, see read_table, or None where each file of these suffixes has its caption in a .txt file beside it.
+    """(clips, skipped): lists of (name, caption), each once, and (name, reason). A name is a path below the folder.
+    metadata: a table of them, see read_table, or None where each file of these suffixes has its caption in a .txt file.
     """
     rows = read_table(metadata) if metadata else beside(folder, suffixes)
     clips, skipped = {}, []
@@ -76,7 +71,7 @@ def find_clips(folder, metadata=None, suffixes=VIDEOS):
         elif not (folder / name).is_file():
             skipped.append((name, "there is no such file"))
         else:
-            clips[Clip(name, caption)] = None
+            clips[name, caption] = None
     return list(clips), skipped
 
 
@@ -95,18 +90,15 @@ def read_caption(path):
 
 def read_table(path):
     """[(file_name, caption)] of a UTF-8 table with these columns: CSV with a header, or JSON objects, one a line."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
-            if any(None in row for row in rows):  # a caption with commas and without quotes would be cut
-                raise ValueError("a row has more fields than the header: put captions that hold commas into quotes")
-            return [(row["file_name"], row["caption"]) for row in rows]
-        except (ValueError, TypeError, KeyError, csv.Error) as error:
-            raise UserError(f"cannot read {path} as a table of file_name and caption: {error!r}") from None
+    with readable(f"{path} as a table of file_name and caption"), open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+        if any(None in row for row in rows):  # a caption with commas and without quotes would be cut
+            raise ValueError("a row has more fields than the header: put captions that hold commas into quotes")
+        return [(row["file_name"], row["caption"]) for row in rows]
 
 
 def survey(args, model):
-    """(todo, done, skipped): [(key, Clip)] that no shard in args.out holds, how many one does, [(name, reason)].
+    """(todo, done, skipped): [(key, name, caption)] that no shard in args.out has, how many one has, [(name, reason)].
 
     A clip's key is a number of its name, contents and caption and of all settings; shards keep the keys of their clips.
     """
@@ -115,7 +107,8 @@ def survey(args, model):
     encoders = stamps(model.folder / part for part in parts)
     shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
     settings = hashed(READER, *model.size, model.fps, *shapes, model.text_length, encoders)
-    keyed = {hashed(settings, clip.name, stamps([args.clips / clip.name]), clip.caption): clip for clip in clips}
+    stamped = ((name, stamps([args.clips / name]), caption) for name, caption in clips)
+    keyed = {hashed(settings, *clip): (clip[0], clip[2]) for clip in stamped}
     done = set()
     for path in args.out.glob("*.safetensors"):
         _, names, _ = read_shard(path)
@@ -123,7 +116,7 @@ def survey(args, model):
         if not own or not own <= keyed.keys():
             raise UserError(f"{path} is of other clips or settings: delete it, or give another folder")
         done |= own
-    return [(key, clip) for key, clip in keyed.items() if key not in done], len(done), skipped
+    return [(key, *clip) for key, clip in keyed.items() if key not in done], len(done), skipped
 
 
 def main(args):
@@ -139,28 +132,28 @@ def main(args):
     (todo, done, skipped), count = found[0], 0
     args.out.mkdir(parents=True, exist_ok=True)
     if todo:
-        encoded = common.encode_text(model, [clip.caption for _, clip in todo], args.out / "text", device)
+        encoded = common.encode_text(model, [caption for *_, caption in todo], args.out / "text", device)
         vae, read = model.load_vae(device), model.image_encoder(device)
 
     skipped = skipped if rank == 0 else []
     for first in range(rank * args.shard, len(todo), world * args.shard):
         kept, tensors = [], defaultdict(list)
-        for number, (_, clip) in enumerate(todo[first : first + args.shard], first):
+        for number, (_, name, _) in enumerate(todo[first : first + args.shard], first):
             try:
-                path = args.clips / clip.name
+                path = args.clips / name
                 if frames == 1 and path.suffix.lower() in PICTURES:
                     video = read_images([path], height, width)
                 else:
                     video = read_clip(path, frames, height, width, model.fps)[None]
             except UserError as error:
-                skipped.append((clip.name, str(error)))
+                skipped.append((name, str(error)))
                 continue
             kept.append(number)
             tensors["latents"].append(encode(vae, video)[0].cpu())
             for key, value in read(video[:, :, :1]).items():  # what an image-to-video teacher reads of the first frame
                 tensors[key].append(value[0].cpu())
         if kept:
-            captions, keys = [todo[number][1].caption for number in kept], [todo[number][0] for number in kept]
+            captions, keys = [todo[number][2] for number in kept], [todo[number][0] for number in kept]
             texts = [opened(file).get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in kept)]
             path = args.out / f"{done + first:08d}_{hashed(*keys):016x}.safetensors"
             write_shard(path, captions, texts, **tensors, clip=[torch.tensor(key) for key in keys])
