@@ -44,13 +44,12 @@ def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns this process's device."""
     if dist.is_initialized():
         return local_device()
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys():
-        alone = {}
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
+    if not joined and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
     device = local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {} if joined else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     with readable("what torchrun puts into the environment"):
         # two hours: while one process downloads a teacher or finishes a clip, the others wait
         dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)

@@ -4,10 +4,9 @@ from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 
 from models.presets import PRESETS, TINY_WORLD, family_name
-from training.files import FLOATS, UserError, read_json, readable
+from training.files import FLOATS, UserError, opened, read_json
 
 WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
@@ -64,9 +63,8 @@ def teacher_folder(teacher):
             rule = "it needs a config.json and its full-precision weights, and no others"
             raise UserError(f"{folder / part} holds {names or 'no *.safetensors'}: {rule}")
         for path in files:  # each is as long as its header says
-            with readable(path), safe_open(path, framework="pt") as file:
-                kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS
-            if kinds:
+            file = opened(path)
+            if kinds := {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS:
                 raise UserError(f"{path} holds {', '.join(sorted(kinds))} weights: get those that were not quantised")
     vae = read_json(folder / "vae" / "config.json")
     for name in ("latents_mean", "latents_std"):  # else the class has defaults, those of another VAE

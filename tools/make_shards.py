@@ -62,7 +62,11 @@ def find_clips(folder, metadata=None, suffixes=VIDEOS):
     """(clips, skipped): lists of (name, caption), each once, and (name, reason). A name is a path below the folder.
     metadata: a table of them, see read_table, or None where each file of these suffixes has its caption in a .txt file.
     """
-    rows = read_table(metadata) if metadata else beside(folder, suffixes)
+    if metadata:
+        rows = read_table(metadata)
+    else:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+        rows = [(str(path.relative_to(folder)), read_caption(path.with_suffix(".txt"))) for path in files]
     clips, skipped = {}, []
     for name, caption in rows:
         caption = " ".join((caption or "").split())
@@ -73,12 +77,6 @@ def find_clips(folder, metadata=None, suffixes=VIDEOS):
         else:
             clips[name, caption] = None
     return list(clips), skipped
-
-
-def beside(folder, suffixes):
-    """[(video's path below the folder, caption or None)] of all videos in a folder and its subfolders, sorted."""
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return [(str(path.relative_to(folder)), read_caption(path.with_suffix(".txt"))) for path in videos]
 
 
 def read_caption(path):

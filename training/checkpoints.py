@@ -139,8 +139,8 @@ def load_init(path, networks, args):
     if "ema" in networks and "ema" not in found:
         common.ema_update(networks["ema"], networks["student"], 0)
     if dist.get_rank() == 0:
-        lacking = "; it has no fake score, which starts from the teacher" if "fake_score" not in found else ""
-        print(f"starting from {', '.join(sorted(found))} of {path}{lacking if 'fake_score' in networks else ''}")
+        lacking = "; it has no fake score, which starts from the teacher" * ("fake_score" in networks.keys() - found)
+        print(f"starting from {', '.join(sorted(found))} of {path}{lacking}")
 
 
 def load_networks(checkpoint, networks):
