@@ -1,10 +1,6 @@
-"""What losses and preview figures look like: of healthy runs of every method, and of runs that are broken on purpose.
+"""Curves of docs/curves.md: of healthy runs of every method, and of runs that are broken on purpose.
 
-    python experiments/evidence_runs.py --jobs 2                              # the runs of docs/evidence.md, and
-    python experiments/evidence_runs.py --jobs 2 --tables broken --seeds 0    # some more
-    python experiments/curves.py                     # docs/curves/*.png of what they logged, and a table
-
-The pictures are committed, the runs are not.
+python experiments/curves.py        # docs/curves/*.png and a table, of what experiments/evidence_runs.py has trained
 """
 
 import sys
@@ -25,13 +21,9 @@ RUNS = {
     "dmd": None, "dmd2": None, "codmd": None, "phased_dmd": None, "dfd": None,
     "lr_high": ("both learning rates x 10", "dmd2"),
     "fake_score_rare": ("one fake-score update per student update, for five", "dmd2"),
-    "guidance_1": ("guidance 1", "dmd2"),
     "guidance_8": ("guidance 8", "dmd2"),
-    "no_normaliser": ("gradient without its normaliser", "dmd2"),
-    "shift_1": ("score times without a shift", "dmd2"),
     "phased_naive": ("samples of a phase's end taken for videos", "phased_dmd"),
     "dfd_x10": ("DFD for ten times as long", "dfd"),
-    "x6": ("DMD2 for six times as long", "dmd2"),
 }  # fmt: skip
 FIGURES = {
     "loss/student": "student's loss", "loss/fake_score": "fake score's loss", "grad_norm/student": "student's gradient",
@@ -56,25 +48,23 @@ def smooth(tag, values, count=15):
 
 def draw(path, title, runs, beside=()):
     """One picture: a panel for each figure; the band over `runs` from the lowest to the highest, and lines `beside`."""
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(6.5, 8.5), layout="constrained")
     for axis, (tag, label) in zip(axes.flat, FIGURES.items()):
         steps, lines = runs[0][tag][0], np.stack([smooth(tag, run[tag][1]) for run in runs])
-        band = "healthy, lowest to highest seed"
-        axis.fill_between(steps, lines.min(0), lines.max(0), color="#0050a0", alpha=0.25, linewidth=0, label=band)
-        axis.plot(steps, lines.mean(0), color="#0050a0", linewidth=1.2, label="their mean")
+        axis.fill_between(steps, lines.min(0), lines.max(0), color="#0050a0", alpha=0.25, linewidth=0)
+        axis.plot(steps, lines.mean(0), color="#0050a0", linewidth=1.2, label="healthy")
         for name, dash in (("teacher", "--"), ("data", ":")):
             if (fixed := tag.replace("preview/", f"preview_{name}/")) != tag:
                 axis.axhline(runs[0][fixed][1][-1], color="#888888", linestyle=dash, linewidth=0.9, label=name)
         for run in beside:
             axis.plot(run[tag][0], smooth(tag, run[tag][1]), color="#c1272d", linewidth=1.2, label="this run")
-        axis.set_title(label, fontsize=13)
-        axis.set_xlabel("step")
+        axis.set(title=label, xlabel="step")
         if tag.startswith(("loss", "grad")):
             axis.set_yscale("log")
-            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-2))  # at guidance 1 the first gradient is rounding
-    figure.suptitle(title, fontsize=13)
-    figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=75)
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-2))  # without guidance the first gradient is rounding
+    figure.suptitle(title)
+    figure.legend(*axes[-1, -1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -1,6 +1,6 @@
 """What each method's gradient does, in pictures of few dimensions with exact scores: docs/how.md is made of them.
 
-    python experiments/gradients.py                   # all pictures into docs/how/, 20 s on one core
+    python experiments/gradients.py                   # all pictures into docs/how/, 25 s of one core
 
 The functions are the scripts' own. What stands in for a network is the exact velocity of a mixture of Gaussians; a
 sample is a "video" [b, c, 1, 1, 1] of c numbers. The fake score is exact too: it is that of the student's own samples.
@@ -10,17 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from matplotlib import pyplot as plt
 from matplotlib.animation import PillowWriter
 
-import codmd
-import common
 import dmd2
-import phased_dmd
 
 matplotlib.use("Agg")
 plt.rcParams["font.size"] = 12
@@ -77,11 +72,8 @@ def dmd_step(student, teacher, guided, lr, count, high=0.98):
         parameter.data -= lr * g
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
-
-
-def panels(count, size=3.2, height=None):
-    figure, axes = plt.subplots(1, count, figsize=(size * count, height or size), layout="constrained", squeeze=False)
+def panels(count, width=2.5, height=2.95):
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
     return figure, axes[0]
 
 
@@ -97,34 +89,22 @@ def plane(axis, title, mixture, samples, size=5, low=-3.3):
     axis.scatter(*samples.detach().T, s=size, color=RED, alpha=0.6, linewidths=0, label="student")
 
 
-def arrows(axis, places, down):
-    axis.quiver(*places.detach().T, *down.T, color=BLUE, angles="xy", width=0.004)
-    axis.plot([], [], color=BLUE, marker=">", label="its push")  # a quiver's own label is a patch
+def legend(figure, columns=3):
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=1, markerscale=2)
 
 
-def save(figure, path):
-    legend(figure.axes[-1])
+def save(figure, path, columns=3):
+    legend(figure, columns)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-
-def legend(axis):
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=11, handlelength=1, labelspacing=0.2)
-
-
-def rounded(x):
-    """Numbers of a tensor, to two digits."""
-    return x.double().round(decimals=2).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
 
 TWO = Mixture([[-1.2, 0.0], [1.2, 0.0]], 0.35)
 LEFT = Mixture([[-1.2, 0.0]], 0.35)
 THREE = Mixture([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]], 0.4)
 UPPER, ANY = {"weights": torch.eye(3)[2:].add(1e-9)}, {"weights": torch.ones(1, 3) / 3}
-PLACES, LEVELS = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 14)] * 2).flip(1), (0.9, 0.6, 0.3)
+PLACES = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 14)] * 2).flip(1)
 
 
 def field(out):
@@ -132,16 +112,17 @@ def field(out):
     its mean length where they stand.
     """
     (figure, axes), strength = panels(3), []
-    for axis, level in zip(axes, LEVELS):
+    for axis, level in zip(axes, (0.9, 0.6, 0.3)):
         torch.manual_seed(0)
         x0 = video(PLACES.repeat_interleave(200, 0))
         sigma = torch.full((len(x0),), level)
         x_t = dmd2.add_noise(x0, torch.randn_like(x0), sigma)
         grad = dmd2.predict_x0(LEFT, x_t, sigma, {}) - dmd2.predict_x0(TWO, x_t, sigma, {})  # without the normaliser
         down = -grad.view(-1, 200, 2).mean(1)
-        arrows(axis, PLACES, down)
         plane(axis, f"noise level {level}", TWO, LEFT.draw(200))
-        strength.append(rounded(down[(PLACES - LEFT.means).norm(dim=1) < 0.5].norm(dim=1).mean()))
+        axis.quiver(*PLACES.T, *down.T, color=BLUE, angles="xy", width=0.005)
+        axis.plot([], [], color=BLUE, marker=">", label="its push")  # a quiver's own label is a patch
+        strength.append(down[(PLACES - LEFT.means).norm(dim=1) < 0.5].norm(dim=1).mean())
     save(figure, out / "field.png")
     return strength
 
@@ -156,16 +137,17 @@ def mode_seeking(out):
                 for axis, (high, student) in zip(axes, students.items()):
                     torch.manual_seed(1)
                     axis.clear()
-                    plane(axis, f"scored to {high:g}, step {step}", TWO, student.draw(300))
-                legend(axis)
+                    plane(axis, f"up to {high:g}, step {step}", TWO, student.draw(300))
+                if step == 0:
+                    legend(figure)
                 writer.grab_frame()
             torch.manual_seed(step)
             for high, student in students.items():
                 dmd_step(student, TWO, ({}, {}, 1.0), 0.02, 256, high)
     for high, student in students.items():
-        x = student.draw(20000)
-        right = rounded((x[:, 0] > 0).float().mean())
-        ends[high] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0)), "in the right half": right}
+        x = student.draw(20000).detach()
+        right = (x[:, 0] > 0).float().mean()
+        ends[high] = {"mean": x.mean(0), "spread": x.std(0), "in the right half": right}
     return ends
 
 
@@ -178,9 +160,9 @@ def guidance(out):
         for step in range(400):
             torch.manual_seed(step)
             dmd_step(student, teacher, (cond, null_cond, scale), 0.01, 512)
-        x = student.draw(4000)
+        x = student.draw(4000).detach()
         plane(axis, f"guidance {scale:g}", teacher, x[:300], low=-2)
-        ends[scale] = {"mean": rounded(x.mean(0)), "spread": rounded(x.std(0))}
+        ends[scale] = {"mean": x.mean(0), "spread": x.std(0)}
     save(figure, out / "guidance.png")
     return ends
 
@@ -189,7 +171,7 @@ def data_forcing(out):
     """DFD's line: the teacher reads noised data in place of the noised sample. Data N(0, 1) in 64 dimensions, a student
     that scales its input by theta. Returns the samples' spread in the end.
     """
-    (figure, axes), ends, zero, count = panels(2, 4.4, 3), {}, torch.zeros(1, 64), 512
+    (figure, (axis,)), ends, zero, count = panels(1, 4.4, 4), {}, torch.zeros(1, 64), 512
     for name, forced, paired, color in (
         ("DMD", False, False, GREY),
         ("DFD, input noise", True, False, RED),
@@ -208,96 +190,19 @@ def data_forcing(out):
                 x_t = dmd2.add_noise(data, eps, sigma) if forced else x_t  # DFD's line
                 grad = dmd2.dmd_gradient(x0, dmd2.predict_x0(Mixture(zero, 1.0), x_t, sigma, {}), x0_fake)
             theta.data -= 0.05 * torch.autograd.grad(dmd2.student_loss(x0, grad), theta)[0]
-        ends[name] = round(spreads[-1], 2)
-        axes[0].plot(spreads, color=color, label=name)
-        if forced:
-            axes[1].scatter(data[0].flatten(), x0.detach()[0].flatten(), s=10, color=color)
-    axes[0].set(xlabel="steps", ylabel="spread (data: 1)", ylim=(0, 1.4))
-    axes[1].set(xlabel="a number of the clip", ylabel="of the student's sample", ylim=(-2.5, 2.5))
-    axes[0].legend(frameon=False, fontsize=11)
-    save(figure, out / "data_forcing.png")
+        ends[name] = f"{spreads[-1]:.2f}"
+        axis.plot(spreads, color=color, label=name)
+    axis.set(xlabel="steps", ylabel="spread (data: 1)", ylim=(0, 1.1))
+    save(figure, out / "data_forcing.png", columns=1)
     return ends
-
-
-def relations(out):
-    """CoDMD's targets for six samples of two modes: the student's relations, the target, and where its loss pushes."""
-    torch.manual_seed(4)
-    common.init_distributed()
-    x = TWO.means.repeat_interleave(3, 0) + TWO.spread * torch.randn(6, 2)
-    x = (0.6 * x + torch.tensor([0.0, 0.9])).requires_grad_()
-    x0, sigma = video(x), torch.full((6,), 0.5)
-    x_t = dmd2.add_noise(x0.detach(), torch.randn_like(x0), sigma)
-    x0_teacher, x0_fake = (dmd2.predict_x0(n, x_t, sigma, {}) for n in (TWO, Mixture([[0.0, 0.9]], 0.7)))
-    push = -torch.autograd.grad(codmd.relation_loss(x0, x0_teacher, x0_fake, 1.0, 0.0, 0.5), x)[0]
-    x = x.detach()
-    s, r, f = (codmd.relation_matrix(features.flatten(1)) for features in (x, x0_teacher, x0_fake))
-    figure, axes = panels(3)
-    for axis, matrix, title in zip(axes, (s, s - (f - r)), ("student's cosines", "moved from fake to real")):
-        axis.imshow(matrix, cmap="RdBu_r", vmin=-2, vmax=2)
-        axis.set(title=title, xlabel="sample", ylabel="sample", xticks=[], yticks=[])
-        for (i, j), cosine in np.ndenumerate(matrix):
-            axis.text(j, i, f"{cosine:.1f}", ha="center", va="center", fontsize=10)
-    plane(axes[2], "where the loss pushes", TWO, x, 14)
-    arrows(axes[2], x, push)
-    axes[2].plot(0, 0, "+", color=GREY)
-    save(figure, out / "relations.png")
-    # a cosine does not know a length: no push along a sample's own direction, in any row
-    return f"largest share of a push along its sample {F.cosine_similarity(push, x).abs().max():.1g}"
-
-
-def anchors(out):
-    """Phased DMD: samples are known at level s only. What minimises its loss at level t, with its target and with the
-    naive one, as if x_s were clean, against the exact answer; one dimension, two modes. Returns the mean errors.
-    """
-    torch.manual_seed(0)
-    data, s, t, count = Mixture([[-1.0], [1.0]], 0.2), 0.5, 0.65, 400_000
-    x0, sigma = video(data.draw(count)), torch.full((count,), t)
-    x_s = phased_dmd.add_noise(x0, torch.randn_like(x0), torch.full((count,), s))
-    noise = torch.randn_like(x_s)
-    edges = torch.linspace(-2.2, 2.2, 45)
-    bins, middles = torch.bucketize(phased_dmd.renoise(x_s, noise, sigma, s), edges), (edges[1:] + edges[:-1]) / 2
-
-    def gradient(velocity, level):
-        """Of the loss with respect to a table of velocities, one for each bin."""
-        table = torch.full((len(edges) + 1,), velocity, requires_grad=True)
-        return torch.autograd.grad(phased_dmd.flow_loss(table[bins], x_s, noise, sigma, level), table)[0][1:-1]
-
-    def minimum(level):
-        """The loss is quadratic, so gradients at 0 and 1 say where it is least."""
-        at_0, at_1 = gradient(0.0, level), gradient(1.0, level)
-        return at_0 / (at_0 - at_1)
-
-    exact = data(video(middles[:, None]), torch.full_like(middles, t), {})[0].flatten()
-    (figure, (axis,)), errors = panels(1, 4.8, 3), {}
-    for name, v, color, width in (
-        ("exact", exact, GREY, 5),
-        ("Phased DMD's target", minimum(s), BLUE, 1.5),
-        ("naive target", minimum(0), RED, 1.5),
-    ):
-        axis.plot(middles, middles - t * v, color=color, linewidth=width, label=name)
-        errors[name] = rounded(t * (v - exact)[middles.abs() < 1.2].abs().mean())
-    axis.set(xlabel=f"x_t at level {t}", ylabel="predicted x0")
-    save(figure, out / "anchors.png")
-    return errors
-
-
-def discriminator(out):
-    """The GAN's gradient at an optimal discriminator, beside DMD's, for samples that have dropped the right mode."""
-    (figure, axes), places = panels(3), PLACES.clone().requires_grad_()
-    for axis, level in zip(axes, LEVELS):
-        sigma, x_t = torch.full((len(places),), level), video(places) * (1 - level)  # the noise's mean
-        real, fake = (network.posterior(x_t, sigma, {})[0] for network in (TWO, LEFT))
-        down = -torch.autograd.grad(dmd2.gan_student_loss(real - fake) * len(places), places)[0]
-        arrows(axis, places, down)
-        plane(axis, f"noise level {level}", TWO, LEFT.draw(200))
-    save(figure, out / "discriminator.png")
 
 
 def main(out: Path = OUT):
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for picture in (field, mode_seeking, guidance, data_forcing, relations, anchors, discriminator):
-        print(f"{picture.__name__}: {picture(out)}", flush=True)
+    torch.set_printoptions(precision=2, sci_mode=False)
+    for picture in (field, mode_seeking, guidance, data_forcing):
+        print(f"{picture.__name__}: {picture(out)}".replace("tensor(", "").replace(")", ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(bug: tyro.conf.Positional[Literal[1, 2, 3, 4, 5, 6, 7]], answer: bool =
     if answer:
         return print(variant.PATCHES[f"hunt_{bug}"].read_text())
     base, healthy, broken = both(bug)
-    title = f"red: bug {bug}, {RANKS.get(bug, 1)} process(es); blue: healthy {base}.py, one process"
+    title = f"bug {bug}, {RANKS.get(bug, 1)} process(es), beside a healthy {base}.py, one process"
     curves.draw(OUT / f"{bug}.png", title, [healthy], [broken])
     print(f"picture: {OUT / f'{bug}.png'}")
 

@@ -1,7 +1,6 @@
 """A trainer for a lecture: the five methods on eight Gaussians in two dimensions, and a picture that moves.
 
     python experiments/toy2d.py dfd     # runs/toy2d/dfd.webp, and a line: modes kept, spread, seconds of one core
-    python experiments/toy2d.py dmd2 --student-every 1 --fake-score-lr 1e-4      # a fake score that lags
 
 Losses and samplers are the scripts' own. A sample is a "video" [b, 2, 1, 1, 1]; teacher, fake score and student are
 MLPs. There are no prompts, so no guidance, and no discriminator. DFD goes on from a student of DMD2.
@@ -31,7 +30,7 @@ from models.wan import Wan
 OUT = Path("runs/toy2d")
 SCRIPTS = {script.__name__: script for script in (dmd, dmd2, dfd, codmd, phased_dmd)}
 STEPS, TEACHER_STEPS, BATCH, SHAPE, SIGMAS = 1500, 1500, 256, (2, 1, 1, 1), (1.0, 0.6)
-LR, TITLE = 1e-3, "{}\n{} of 8 modes, spread {:.2f}"
+LR, FAKE_SCORE_LR, TITLE = 1e-3, 2e-3, "{}\n{} of 8 modes, spread {:.2f}"
 DATA = Mixture(2 * torch.view_as_real(torch.exp(0.25j * torch.pi * torch.arange(8))), 0.3)
 
 
@@ -73,7 +72,7 @@ def measure(x):
     return int(kept.sum()), float((distance.square().mean() / 2).sqrt() / DATA.spread)
 
 
-def main(method: Literal[tuple(SCRIPTS)], /, student_every: int = 0, fake_score_lr: float = 2e-3, seed: int = 0):
+def main(method: Literal[tuple(SCRIPTS)], /, seed: int = 0):
     began = time.process_time()
     torch.set_num_threads(1), torch.manual_seed(seed), common.init_distributed(), OUT.mkdir(parents=True, exist_ok=True)
     teacher = MLP(*(layer for n in (10, 64, 64) for layer in (nn.Linear(n, 64), nn.SiLU())), nn.Linear(64, 2))
@@ -85,7 +84,7 @@ def main(method: Literal[tuple(SCRIPTS)], /, student_every: int = 0, fake_score_
         update(optimizer, dmd.flow_loss(v, x0, noise))
     solver, pair_noise = SimpleNamespace(teacher_steps=50, shift=1, guidance_scale=1), torch.randn(2048, *SHAPE)
     pairs = dmd.sample_teacher(teacher, {}, SHAPE, solver, SimpleNamespace(normal=lambda shape: pair_noise), {})
-    (figure, axes), writer = panels(3), PillowWriter(fps=10)
+    (figure, axes), writer = panels(3, 3, 3.3), PillowWriter(fps=10)
     plane(axes[0], "data", DATA, DATA.draw(1000))
     plane(axes[1], TITLE.format("teacher", *measure(pairs)), DATA, pairs[:1000].flatten(1))
     writer.setup(figure, OUT / f"{method}.webp", dpi=90)
@@ -111,13 +110,13 @@ def main(method: Literal[tuple(SCRIPTS)], /, student_every: int = 0, fake_score_
                 student, fake_score = map(copy.deepcopy, start)
                 experts[end] = student
                 student_optimizer = AdamW(student.parameters(), LR, weight_decay=0, fused=True)
-                fake_score_optimizer = AdamW(fake_score.parameters(), fake_score_lr, weight_decay=0, fused=True)
+                fake_score_optimizer = AdamW(fake_score.parameters(), FAKE_SCORE_LR, weight_decay=0, fused=True)
             last = own_sigmas[int(torch.rand(()) * len(own_sigmas))]
             sigmas = SIGMAS[: SIGMAS.index(last) + 1]
             clips = video(DATA.draw(BATCH))
 
             # student
-            if step % (student_every or args.student_every) == 0:
+            if step % args.student_every == 0:
                 _, x0, sigma, noise, x_t = rollout(script, experts, rng, sigmas, end, clips)
                 with torch.no_grad():
                     x0_fake = script.predict_x0(fake_score, x_t, sigma, {})

@@ -137,7 +137,7 @@ function relations(x0, x0Teacher, x0Fake, temperature) {
 
 // ------------------------------------------------------------------------------------------------- scenes
 
-const SCENES = {  // as field, mode_seeking, guidance and relations of experiments/gradients.py begin
+const SCENES = {  // the first two begin as the pictures of experiments/gradients.py
   "Two modes": {
     sliders: ["t", "low", "high", "p"],
     data: TWO, prompt: ANY, start: [-1.2, 0, 0.35, 0.35], lr: 0.02, count: 256,
