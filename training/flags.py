@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,7 +16,7 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from models.presets import TINY_WORLD, name_of
+from models.presets import PRESETS, TINY_WORLD, name_of
 from models.recipes import recipe
 from training.checkpoints import find_checkpoint, find_init
 from training.files import MISTAKES, UserError, one_line
@@ -171,7 +172,13 @@ def parse_args(Args):
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("teacher", "student", "seed", "runs-dir", "resume", "init", "data", "prompts"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
-    given = {name: value for name, value in vars(scan.parse_known_args()[0]).items() if value is not None}
+    known, others = scan.parse_known_args()
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    for word in others:
+        if word in PRESETS:
+            raise UserError(f"did you mean --teacher {word}?")
+        if re.fullmatch(r"[\d.]+(,[\d.]+)+", word):
+            raise UserError(f"did you mean {word.replace(',', ' ')}?")
     own = {name: given[name] for name in ("teacher", "student", "data", "prompts") if name in given}
     args = recipe_args(Args, **own)
     place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)

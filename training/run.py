@@ -32,7 +32,7 @@ from training.checkpoints import (
     save_state,
     save_weights,
 )
-from training.files import UserError, read_json, written_aside
+from training.files import MISTAKES, UserError, one_line, read_json, written_aside
 from training.start import check_resumed, check_start, flag, flags_of
 
 
@@ -174,16 +174,21 @@ class Run:
         final = self.folder / "checkpoints" / f"step_{step:07d}"
         self.say(f"saving {final}")
         aside = final.with_name(final.name + ".tmp")
-        save_state(aside / "state", networks, optimizers)
-        phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
-        for i in range(len(students) if phased else len(students[0].parts)):
-            student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
-            save_weights(student, part if part in student.parts else "transformer", aside / "student" / part)
-        if self.rank == 0:
-            record = {"step": step, "world_size": dist.get_world_size()}
-            for name, values in (("args.json", self.args), ("checkpoint.json", record)):
-                (aside / name).write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(aside, final)
+        try:
+            save_state(aside / "state", networks, optimizers)
+            phased = "phase_ends" in self.args  # then a student per phase: of one with two experts, that phase's
+            for i in range(len(students) if phased else len(students[0].parts)):
+                student, part = students[i if phased else 0], f"transformer{f'_{i + 1}' if i else ''}"
+                save_weights(student, part if part in student.parts else "transformer", aside / "student" / part)
+            if self.rank == 0:
+                record = {"step": step, "world_size": dist.get_world_size()}
+                for name, values in (("args.json", self.args), ("checkpoint.json", record)):
+                    (aside / name).write_text(json.dumps(values, indent=2) + "\n")
+                os.replace(aside, final)
+        except MISTAKES as error:  # a full disk, for one
+            shutil.rmtree(aside, ignore_errors=True)
+            last = latest_checkpoint(self.folder)
+            raise UserError(f"cannot write {final}: {one_line(error)}; the last checkpoint is {last}") from None
         if self.rank == 0 and self.args["keep"]:
             for old in sorted(final.parent.glob("step_*"))[: -self.args["keep"]]:
                 shutil.rmtree(old, ignore_errors=True)
