@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,7 +27,7 @@ from models.images import find_images
 from models.latents import latent_shape
 from models.presets import TINY_FPS, TINY_WORLD, family_name, name_of
 from models.text import encoded_prompts
-from training.files import UserError, hashed, opened, read_json, read_prompts, read_sample, read_shard, readable
+from training.files import UserError, hashed, opened, read_json, read_prompts, read_shard, readable
 
 # no script writes in place into a network's output, which is what this warns of
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -45,18 +44,15 @@ def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns this process's device."""
     if dist.is_initialized():
         return local_device()
-    ours = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if any(ours.values()):
-        if wrong := [name for name, value in ours.items() if not (value or "").isdecimal()]:
-            raise UserError(f"{', '.join(wrong)} missing in the environment, or no number: start it by torchrun")
-        alone = {}
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
+    if not joined and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
     device = local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # two hours: while one process downloads a teacher or finishes a clip, the others wait
-    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
+    alone = {} if joined else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    with readable("what torchrun puts into the environment"):
+        # two hours: while one process downloads a teacher or finishes a clip, the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
     return device
 
 
@@ -80,13 +76,10 @@ class Model:
     def __init__(self, teacher, frames, height, width, compute=None, student=None, negative_prompt=None):
         self.compute = dict(compute or {})
         self.shard_size = self.compute.pop("shard_size", 0)
-        self.name, self.folder, self.size = teacher, teacher_folder(teacher), (frames, height, width)
-        self.config = read_json(self.folder / "transformer" / "config.json")
-        self.index = read_json(self.folder / "model_index.json")
-        self.family = family_of(family_name(self.folder, teacher))
+        self.name, self.family, self.size = teacher, family_of(family_name(teacher)), (frames, height, width)
+        self.folder, self.config, self.index, vae, self.text_length = self.read(teacher)
         with readable(f"the configs in {self.folder}"):
-            self.text_length, self.text_dim = self.family.text_length(self.folder), self.config[self.family.text_dim]
-            vae = read_json(self.folder / "vae" / "config.json")
+            self.text_dim = self.config[self.family.text_dim]
             self.latent_shape, self.patch = latent_shape(self.config, vae, *self.size)
             self.conditions = self.family.conditions(self.config, self.latent_shape)
         self.world = name_of(teacher) in TINY_WORLD
@@ -97,14 +90,16 @@ class Model:
         if student:
             import_module("models.students").check(self, self.student)
 
-    def network_class(self, frame_block=0):
-        """The family, or for a causal student, which makes `frame_block` latent frames at a time, its causal form."""
-        return causal(self.family, self.latent_shape[1], frame_block) if frame_block else self.family
+    def read(self, teacher):
+        """The folder; configs of transformer, pipeline and VAE; how many tokens a prompt is padded to."""
+        folder = teacher_folder(teacher)
+        files = (folder / name for name in ("transformer/config.json", "model_index.json", "vae/config.json"))
+        return folder, *map(read_json, files), self.family.text_length(folder)
 
     def check(self, frame_block, blocks):
         """A causal student of that many frames, and a discriminator of these blocks, can be made of these weights."""
         own = self.student or self
-        own.network_class(frame_block)
+        causal(own.family, own.latent_shape[1], frame_block)
         if not set(blocks) <= set(range(own.config["num_layers"])):
             raise UserError(f"--discriminator-blocks: {own.name} has {own.config['num_layers']} blocks, got {blocks}")
 
@@ -123,7 +118,8 @@ class Model:
         a GPU, with float32 gradient reduction, and float32 on the CPU. requires_grad is set here, once: FSDP2 fixes its
         reduction dtype at the first forward.
         adapters: LoRAs to put on it, {role: (rank, alpha)}, none of them on. A network of such a role that is loaded
-        with this one as its base is this one with that LoRA on. frame_block: see network_class.
+        with this one as its base is this one with that LoRA on. frame_block: latent frames that a causal student makes
+        at a time; 0: it is none.
         """
         from models.compute import prepare
 
@@ -138,7 +134,7 @@ class Model:
             transformers = [self.family.transformer_class.from_config(self.config) for _ in self.family.parts]
             for transformer in transformers:
                 add_adapters(transformer, self.family.lora_layers, adapters or {})
-        network = self.network_class(frame_block)(*transformers, index=self.index)
+        network = causal(self.family, self.latent_shape[1], frame_block)(*transformers, index=self.index)
         network.frame_block, network.adapters, network.folder = frame_block, tuple(adapters or ()), self.folder
         # the rotary embedding's tables: no file holds them, and they stay float32 as in a stock bf16 model
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -208,15 +204,11 @@ def put_weights(network, folder, part="transformer"):
     reshard(network)
     state = network.get_submodule(part).state_dict()
     weights = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
-    try:
+    with readable(f"the weights in {folder}"):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         for key in sorted(weights.keys() ^ reader.read_metadata().state_dict_metadata.keys()):
-            raise UserError(
-                f"the weights in {folder} do not fit: {key} is {'missing' if key in weights else 'unknown'}"
-            )
+            raise ValueError(f"{key} is {'missing' if key in weights else 'unknown'}")
         dcp.load(weights, storage_reader=reader)
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        raise UserError(f"cannot read the weights in {folder}: {str(error).strip().splitlines()[-1]}") from None
 
 
 def reshard(network):
@@ -306,9 +298,6 @@ class Samples:
             load_x0 = cache(partial(self.latents, numbers))
             yield SampleRNG(self.seed, stream, numbers, self.device), self.cond(numbers), load_x0
 
-    def prompt(self, number):
-        return self.prompts[self.row(number)]
-
     def cond(self, numbers):
         """Conditions of samples, {"text": [b, l, d]} and what the model's family adds, float32 on the device."""
         return self.cond_of([self.row(number) for number in numbers])
@@ -382,7 +371,7 @@ class Shards(Samples):
         return self.latents_of([self.row(number) for number in numbers], key)
 
     def latents_of(self, rows, key="latents"):
-        picked = [read_sample(path, f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
+        picked = [opened(path).get_tensor(f"{i}.{key}") for path, i in (self.rows[row] for row in rows)]
         return on_device(torch.stack(picked).float(), self.device)
 
 
@@ -390,20 +379,19 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
     """Training samples: latent shards from the folder `data`, prompts from the file `prompts` (for image-to-video with
     first frames from the folder `images`), or the tiny world; without any, the prompts that ship with the repository.
     """
-    if images and (data or not model.conditions or not prompts):
-        raise UserError("--images goes with --prompts and an image-to-video teacher, and without --data")
+    if data and images:
+        raise UserError("--images goes without --data, whose clips have their first frames")
     if data:
         return Shards(data, model, device, seed, keys=("latents",))
     if model.world and not prompts:
         return import_module("tiny.samples").TinyWorld(model, cache, device, seed)  # it builds on this file
-    if model.conditions and not images:
-        raise UserError(f"{model.name} begins with an image: give --prompts FILE and --images FOLDER, or --data FOLDER")
     prompts = read_prompts(prompts or Path(__file__).parent / "prompts" / "prompts.txt")
-    images = find_images(images, len(prompts)) if images else ()
+    images = find_images(model, images, len(prompts))
     return encode_text(model, prompts, cache, device, images, seed)  # no clips
 
 
 def encode_text(model, prompts, cache, device, images=(), seed=0):
     """Prompts, encoded once, and perhaps the images at these paths, as Shards under `cache`: row i for prompt i."""
     folder = encoded_prompts(model, prompts, cache, device, images)
+    dist.barrier()
     return Shards(folder, model, device, seed, keys=() if images else None)

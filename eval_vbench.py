@@ -33,7 +33,7 @@ from models.latents import decode
 from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
 from training.files import UserError, hashed, read_json, read_prompts, stamps, written_aside
-from training.finished import load_run, student_sampler, teacher_sampler
+from training.finished import load_run, model_of, student_sampler, teacher_sampler
 from training.flags import one_line_errors
 from training.media import h264_options, read_video, write_video
 from training.run import check_shared
@@ -143,15 +143,9 @@ def generate(args, device):
     script, run_args, checkpoint = load_run(args.checkpoint)
     own = {name: vars(args)[name] for name in ("teacher", "frames", "height", "width")}
     run_args = replace(run_args, **{name: value for name, value in own.items() if value is not None})
-    if args.kept_frames and (args.role == "teacher" or not getattr(run_args, "frame_block", 0)):
-        raise UserError("--kept-frames is for a causal student, a run with --frame-block")
-    model = common.Model(
-        run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
-    )
+    model = model_of(run_args)
     entries, fed = read_entries(args, run_args.teacher)
-    if bool(args.images) != bool(model.conditions):
-        raise UserError(f"{model.name} {'begins with' if model.conditions else 'takes no'} images: see --images")
-    images = find_images(args.images, len(entries)) if args.images else []
+    images = find_images(model, args.images, len(entries))
     items, raw = vbench.items_of(entries, fed), args.checkpoint.endswith(":raw")
     weights = [path for folder in (checkpoint, model.folder) for path in sorted(folder.rglob("*.safetensors"))]
     config = asdict(run_args) | {
@@ -291,9 +285,6 @@ def report(args):
     if prompts[0] != prompts[-1]:
         raise UserError(f"--compare: {args.compare} is of other prompts")
     text = table(columns) + "\n"
-    if columns[args.out]["totals"]:
-        text += "\nTotals in CoDMD's paper, arXiv 2606.21982, whose prompts, seeds and encoder may differ:\n\n"
-        text += "".join(f"- {name}: {total}\n" for name, total in vbench.PUBLISHED.items())
     write_json(args.out / "results.json", columns[args.out])
     with written_aside(args.out / "results.md") as aside:
         aside.write_text(text, encoding="utf-8")

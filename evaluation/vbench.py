@@ -24,12 +24,6 @@ DIMENSIONS = {
 QUALITY, SEMANTIC = list(DIMENSIONS)[:7], list(DIMENSIONS)[7:]
 SAMPLES = 5  # of each prompt; VBench reads no more
 
-# Total in %, from CoDMD's paper, arXiv 2606.21982
-PUBLISHED = {
-    "DMD, 4 steps, Wan2.1 1.3B": 83.38, "CoDMD, 4 steps, Wan2.1 1.3B": 84.46, "rCM, 4 steps, Wan2.1 1.3B": 82.81,
-    "DMD, 4 steps, Wan2.1 14B": 83.81, "CoDMD, 4 steps, Wan2.1 14B": 84.87, "rCM, 4 steps, Wan2.1 14B": 84.05,
-}  # fmt: skip
-
 SCORER = """
 import sys, torch, vbench
 dimension, info, videos, out = sys.argv[1:]

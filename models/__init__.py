@@ -21,7 +21,6 @@ And of the class itself
     text_embedder(folder, tokenizer, encoder)    a function: n prompts -> embeddings [n, tokens, d], zero as padding
     conditions(config, shape)        {name: shape} of what cond holds beside the text; {} unless image-to-video
     image_encoder(folder, vae, frames)    a function: first frames [b, 3, 1, h, w] -> {name: [b, …]} of these conditions
-    first_latent(cond)               latents [b, c, 1, h, w] of the image in cond
 
 Latents are normalised with the VAE's latents_mean and latents_std (latents.py), which all families have.
 

@@ -49,10 +49,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.network, self.adapter_name = (network,), name  # in a tuple the shared weights are no part of this module
         end = f".{name}.weight"
-        own = {
-            key.removesuffix(end): p for key, p in network.named_parameters() if ".lora_" in key and key.endswith(end)
-        }
-        own = {key.replace(".", "/"): p for key, p in own.items()}
+        own = {key.removesuffix(end).replace(".", "/"): p for key, p in network.named_parameters() if key.endswith(end)}
         self.lora = nn.ParameterDict(own).requires_grad_(trained)
 
     def __getattr__(self, name):

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT, Cosmos2_5_PredictBasePipeline
-from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from models.wan import Wan
 from models.wan_5b import FirstFrame
+from training.files import opened
 
 if not hasattr(transformer_cosmos, "transforms"):  # all that the network needs of torchvision
     transformer_cosmos.transforms = SimpleNamespace(
@@ -56,9 +56,9 @@ class Cosmos(Wan):
         """A function: n prompts -> projected embeddings [n, 512, d]: the network reads the padding too."""
         parts, projection = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder), {}
         for path in (folder / "transformer").glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                for name in {"crossattn_proj.0.weight", "crossattn_proj.0.bias"} & set(file.keys()):
-                    projection[name.rpartition(".")[2]] = file.get_tensor(name).to(encoder.device, encoder.dtype)
+            file = opened(path)
+            for name in {"crossattn_proj.0.weight", "crossattn_proj.0.bias"} & set(file.keys()):
+                projection[name.rpartition(".")[2]] = file.get_tensor(name).to(encoder.device, encoder.dtype)
 
         def embed(prompts):
             text = Cosmos2_5_PredictBasePipeline._get_prompt_embeds(parts, prompts, device=encoder.device)

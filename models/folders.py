@@ -4,21 +4,11 @@ from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError
-from safetensors import safe_open
 
 from models.presets import PRESETS, TINY_WORLD, family_name
-from training.files import FLOATS, UserError, read_json, readable
+from training.files import FLOATS, UserError, opened, read_json
 
 WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
-
-
-def check_name(teacher):
-    """UserError for a teacher that is neither a name nor a folder in the diffusers layout."""
-    if teacher not in PRESETS and not (Path(teacher.removesuffix(":i2v")) / "model_index.json").is_file():
-        near = next((f", did you mean {name}?" for name in PRESETS if name == teacher.lower()), "")
-        known = f"neither a folder with a model_index.json (the diffusers layout) nor one of {', '.join(PRESETS)}"
-        raise UserError(f"unknown teacher {teacher!r}{near or f': {known}'}")
 
 
 def family_of(name):
@@ -34,7 +24,11 @@ def family_of(name):
 
 
 def causal(family, frames, frame_block):
-    """The class of a family's causal student that makes so many of its latent frames at a time, or UserError."""
+    """The class of a family's causal student that makes so many of its latent frames at a time, or UserError; 0: the
+    family.
+    """
+    if not frame_block:
+        return family
     if frames % frame_block or family.__name__ != "Wan":
         only = f"only Wan 2.1 text-to-video has a causal student, and its blocks divide the {frames} latent frames"
         raise UserError(f"--frame-block {frame_block}: {only}")
@@ -47,22 +41,16 @@ def teacher_folder(teacher):
 
     teacher: a name in PRESETS, or a folder, with :i2v after it for the image-to-video of one that does both.
     """
-    check_name(teacher)
+    family = family_of(family_name(teacher))
     folder = PRESETS[teacher].source if teacher in PRESETS else teacher.removesuffix(":i2v")
     if teacher in PRESETS and teacher not in TINY_WORLD:
         repository, _, revision = folder.partition("@")
         patterns = [f"{part}/*" for part in (*WEIGHTS, "tokenizer", "image_processor")]
         patterns += ["model_index.json", "README.md"]
         # the Hub's client locks, so that one process of a machine downloads
-        try:
-            folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-        except OSError as error:
-            if not isinstance(error, GatedRepoError) and not isinstance(error.__cause__, GatedRepoError):
-                raise
-            asked = f"ask for access at https://huggingface.co/{repository}, then log in: hf auth login"
-            raise UserError(f"{repository} is gated: {asked}") from None
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     folder = Path(folder)
-    index, family = read_json(folder / "model_index.json"), family_of(family_name(folder, teacher))
+    index = read_json(folder / "model_index.json")
     for part, cls in (("transformer", family.transformer_class), ("vae", family.vae_class)):
         if (found := (index.get(part) or [None])[-1]) != cls.__name__:
             raise UserError(f"{folder} has a {found} in {part}/, and {family.__name__} reads {cls.__name__}")
@@ -75,9 +63,8 @@ def teacher_folder(teacher):
             rule = "it needs a config.json and its full-precision weights, and no others"
             raise UserError(f"{folder / part} holds {names or 'no *.safetensors'}: {rule}")
         for path in files:  # each is as long as its header says
-            with readable(path), safe_open(path, framework="pt") as file:
-                kinds = {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS
-            if kinds:
+            file = opened(path)
+            if kinds := {file.get_slice(key).get_dtype() for key in file.keys()} - FLOATS:
                 raise UserError(f"{path} holds {', '.join(sorted(kinds))} weights: get those that were not quantised")
     vae = read_json(folder / "vae" / "config.json")
     for name in ("latents_mean", "latents_std"):  # else the class has defaults, those of another VAE

@@ -11,13 +11,19 @@ from training.files import UserError, readable
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def find_images(folder, count):
-    """Paths of the images of `count` prompts: that of line n of a file of prompts is named n (1.png, 002.jpg, …)."""
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]
+def find_images(model, images, count):
+    """Paths of the images that `count` prompts begin with, none for text-to-video. images: a file for all of them, or a
+    folder with that of line n of a file of prompts as n (1.png, 002.jpg, …).
+    """
+    if bool(model.conditions) != bool(images):
+        raise UserError(f"{model.name} {'begins with an' if model.conditions else 'takes no'} image: see --images")
+    if not images or Path(images).is_file():
+        return [images] * count if images else []
+    paths = [path for path in Path(images).iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]
     lines = [int(path.stem) for path in paths]
     for line in range(1, count + 1):
         if lines.count(line) != 1:
-            raise UserError(f"--images: {folder} needs one image named {line} ({', '.join(SUFFIXES)})")
+            raise UserError(f"{images} needs one image named {line} ({', '.join(SUFFIXES)})")
     return [paths[lines.index(line)] for line in range(1, count + 1)]
 
 

@@ -73,10 +73,15 @@ def needs_gpu(teacher):
     return teacher in PRESETS.keys() - TINY_WORLD or sum(path.stat().st_size for path in files) > 1e9
 
 
-def family_name(folder, teacher):
-    """The file and class in models/ that read a folder in the diffusers layout, for what --teacher asks of it."""
+def family_name(teacher):
+    """The file and class in models/ that read a teacher, a name or a folder in the diffusers layout."""
     if teacher in PRESETS:
         return PRESETS[teacher].family
+    folder = Path(teacher.removesuffix(":i2v"))
+    if not (folder / "model_index.json").is_file():
+        near = next((f", did you mean {name}?" for name in PRESETS if name == teacher.lower()), "")
+        known = f"neither a folder with a model_index.json (the diffusers layout) nor one of {', '.join(PRESETS)}"
+        raise UserError(f"unknown teacher {teacher!r}{near or f': {known}'}")
     index = read_json(folder / "model_index.json")
     pipeline, i2v = index.get("_class_name"), teacher.endswith(":i2v")
     name = PIPELINES.get(pipeline)
@@ -97,13 +102,13 @@ def name_of(teacher):
     folder = Path(teacher.removesuffix(":i2v"))
     if teacher in PRESETS or not (folder / "model_index.json").is_file():
         return teacher
-    family, config = family_name(folder, teacher), read_json(folder / "transformer" / "config.json")
+    family, config = family_name(teacher), read_json(folder / "transformer" / "config.json")
     own = [name for name, p in PRESETS.items() if p.family == family and p.config.items() <= config.items()]
     return own[0] if own else teacher
 
 
 def most_like(teacher):
     """The name in PRESETS of a teacher, or of the first one of its family."""
-    name, folder = name_of(teacher), Path(teacher.removesuffix(":i2v"))
-    family = family_name(folder, teacher) if (folder / "model_index.json").is_file() else "wan.Wan"
-    return name if name in PRESETS else next(other for other, preset in PRESETS.items() if preset.family == family)
+    name = name_of(teacher)
+    own = [name] if name in PRESETS else [other for other, p in PRESETS.items() if p.family == family_name(teacher)]
+    return own[0]

@@ -105,6 +105,6 @@ def recipe(teacher, script, student=None):
         name = PRESETS[name].like
     own = size | (RECIPES[name][script] if name else {})
     if student:
-        read = recipe(student, script)
-        own = {key: value for key, value in own.items() if key != BLOCKS} | {k: read[k] for k in {BLOCKS} & read.keys()}
+        own.pop(BLOCKS, None)
+        own |= {key: value for key, value in recipe(student, script).items() if key == BLOCKS}
     return own

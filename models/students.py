@@ -1,6 +1,14 @@
 """Which models can be --student of a teacher."""
 
+from models.presets import family_name
 from training.files import UserError, opened, read_json
+
+
+def check_names(teacher, student=None):
+    """UserError before anything is fetched, unless both are names or folders, and those of one family."""
+    kinds = [family_name(name).partition(".")[2].removesuffix("Experts") for name in (teacher, student or teacher)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"--student {student} is of another family than {teacher}: they cannot go together")
 
 
 def check(teacher, student):

@@ -71,17 +71,14 @@ class Wan(nn.Module):
         """Tokens a prompt is padded to: the tokenizer's own limit, at most the 512 that WanPipeline pads to."""
         return min(read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length") or 512, 512)
 
-    @staticmethod
-    def tokenizer(folder):
-        with readable(folder / "tokenizer"):
-            return AutoTokenizer.from_pretrained(folder / "tokenizer")
-
     @classmethod
     def text_encoder(cls, folder, device):
         """A function: list of n prompts -> list of n embeddings [tokens, d] on the CPU, without padding."""
         dtype, length = torch.bfloat16 if device.type == "cuda" else torch.float32, cls.text_length(folder)
         encoder = cls.text_encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, device_map=device)
-        embed = cls.text_embedder(folder, cls.tokenizer(folder), encoder)
+        with readable(folder / "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        embed = cls.text_embedder(folder, tokenizer, encoder)
 
         @torch.no_grad()
         def encode(prompts):

@@ -18,11 +18,6 @@ class FirstFrame:
         return {"first": (shape[0], 1, *shape[2:])}
 
     @staticmethod
-    def first_latent(cond):
-        """Latents [b, c, 1, h, w] of the image in cond."""
-        return cond["first"]
-
-    @staticmethod
     def image_encoder(folder, vae, frames):
         """A function: first frames [b, 3, 1, h, w] in [0, 1] -> what cond holds of them."""
         return lambda images: {"first": encode(vae, images)}

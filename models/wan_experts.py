@@ -1,5 +1,5 @@
 """Wan 2.2 A14B: two experts as one network, `transformer` at noise levels of boundary_ratio and above, `transformer_2`
-below. All ranks run the same experts, as FSDP2 must: if a batch needs both on any rank, both run on all.
+below. All ranks run the same experts, as FSDP2 must: if any rank's batch needs both, both run on all, on whole batches.
 """
 
 import torch
@@ -28,21 +28,14 @@ class WanExperts(Wan):
         high = sigma >= self.boundary
         needed = torch.stack([high.any(), ~high.all()]).int()
         dist.all_reduce(needed, op=dist.ReduceOp.MAX)
-        read = torch.cat([needed, high.int()]).tolist()  # the only wait for the device
-        outputs, idle = [None] * len(sigma), [0] * (1 + len(blocks))
-        for expert, run, side in zip(experts, read, (1, 0)):
-            if not run:
-                continue
-            rows = [i for i, own in enumerate(read[2:]) if own == side]
-            # where none of this rank's samples is this expert's, it runs on the first, for nothing
-            pick = lambda x, rows=rows: torch.stack([x[i] for i in rows or [0]])
-            v, features = expert(pick(x_t), pick(sigma), {key: pick(x) for key, x in cond.items()}, blocks)
-            for i, *own in zip(rows, v, *features):
-                outputs[i] = own
-            if not rows:  # the backward of each output must run here too
-                idle = [0 * part.sum() for part in (v, *features)]
-        v, *features = (torch.stack(part) + zero for part, zero in zip(zip(*outputs), idle))
-        return v, features
+        needed = needed.tolist()  # the only wait for the device
+        outputs = [expert(x_t, sigma, cond, blocks) for expert, run in zip(experts, needed) if run]
+        if len(outputs) == 1:
+            return outputs[0]
+        # of each sample the output of its own expert; the backward runs both, on all ranks, too
+        pick = lambda above, below: torch.where(high.view(-1, *[1] * (above.ndim - 1)), above, below)
+        (v, features), (v_below, features_below) = outputs
+        return pick(v, v_below), list(map(pick, features, features_below))
 
 
 class WanI2VExperts(WanExperts, WanI2V):

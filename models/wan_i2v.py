@@ -24,11 +24,6 @@ class WanI2V(Wan):
         return {"image": (shape[0] + 4, *shape[1:]), **features}
 
     @staticmethod
-    def first_latent(cond):
-        """Latents [b, c, 1, h, w] of the image in cond: a VAE's first latent frame sees the first frame alone."""
-        return cond["image"][:, 4:, :1]
-
-    @staticmethod
     def image_encoder(folder, vae, frames):
         """A function: first frames [b, 3, 1, h, w] in [0, 1] -> what cond holds of them, for clips of that length."""
         if clip := (folder / "image_encoder").is_dir():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import common
 import dmd
-from training.files import UserError
+from training.files import MISTAKES, one_line
 from training.flags import recipe_args
 
 # sums in another order are other bits: one thread, here and in what the tests start
@@ -84,9 +84,9 @@ def fails():
     """Run the function; it must end in an error that is printed in one line, with these words."""
 
     def check(function, *words):
-        with pytest.raises((UserError, OSError)) as stop:
+        with pytest.raises(MISTAKES) as stop:
             function()
-        line = str(stop.value)
+        line = one_line(stop.value)
         assert "\n" not in line and all(word in line for word in words), line
 
     return check

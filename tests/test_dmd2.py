@@ -49,7 +49,7 @@ def test_the_gan_reaches_the_student_through_x_t_alone(tmp_path, monkeypatch):
     assert len(got) == 2 and all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
-def test_prompts_alone_are_enough(tmp_path, fails):
+def test_prompts_alone_are_enough(tmp_path):
     """No discriminator unless it is asked for; it and --student-input data need clips, which the teacher makes once."""
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     flags = {"runs_dir": tmp_path / "runs", "prompts": str(tmp_path / "prompts.txt"), "steps": 1, "num_samples": 3}
@@ -57,7 +57,6 @@ def test_prompts_alone_are_enough(tmp_path, fails):
     dmd2.main(small_args(dmd2, **flags))
     cache = tmp_path / "runs" / "cache"
     assert not list(cache.glob("pairs_*")), "no clips are needed"
-    fails(lambda: dmd2.main(small_args(dmd2, gan_weight=0.1, max_hours=1e-6, **flags)), "3 samples", "--max-hours")
     dmd2.main(small_args(dmd2, gan_weight=0.0, student_input="data", **flags))
     (folder,) = cache.glob("pairs_*")
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}

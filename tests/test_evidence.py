@@ -94,7 +94,7 @@ def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
     assert same(average.transformer.state_dict(), exported)
     for mean, own, start in zip(average.parameters(), raw.parameters(), teacher.parameters()):
         assert torch.allclose(mean, (own + start) / 2, atol=1e-6), "the average went half the way"
-    fails(lambda: load_run(tmp_path), "no run")
+    fails(lambda: load_run(tmp_path), "args.json")
 
 
 # -------------------------------------------------------------------------------------------------- variants and runs

@@ -22,12 +22,12 @@ MAY_IMPORT = {
     "models": {"training.files"},
 }
 BARS = {  # of each room: lines and tokens at most
-    "scripts": (1500, 12500), "common": (415, 3150), "models": (1060, 7800), "training": (1590, 12400),
-    "tiny": (770, 6850), "tools": (1420, 11000), "experiments": (1100, 10500), "evaluation": (600, 5000),
+    "scripts": (1500, 12500), "common": (400, 3000), "models": (1040, 7550), "training": (1490, 11500),
+    "tiny": (770, 6850), "tools": (1180, 9800), "experiments": (1100, 10500), "evaluation": (515, 4100),
     "docs": (200, 1700), "tests": (6250, 65000),
 }  # fmt: skip
-LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 415, "training": 285, "tests": 600}
-REACHED = 1960  # issue 34 asked for 1,700
+LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 400, "training": 255, "tests": 600}
+REACHED = 1850  # issue 34 asked for 1,700
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
 
 

@@ -16,8 +16,9 @@ from tests.conftest import only_run, small_args
 from tests.ranks import on_ranks
 from tiny import world as tiny
 from tools import make_shards
-from tools.video_in.clips import find_clips
-from tools.video_in.video import Unreadable, read_clip
+from tools.make_shards import find_clips
+from tools.video_in import read_clip
+from training.files import UserError
 from training.media import write_mp4
 
 
@@ -82,7 +83,7 @@ def layout(clip):
 
 
 def reason(path, frames=9):
-    with pytest.raises(Unreadable) as stop:
+    with pytest.raises(UserError) as stop:
         read_clip(path, frames, 32, 32, 8)
     return str(stop.value)
 
@@ -137,7 +138,7 @@ def test_a_bad_clip_is_skipped_and_added_when_it_is_repaired(clips, tmp_path):
     make_shards.main(args(folder, out))
     reasons = skipped(out)
     assert list(reasons) == ["1.mp4", "3.mp4", "4.mp4", "5.mp4"]
-    assert "cannot be decoded" in reasons["1.mp4"] and "5 of 9 frames" in reasons["3.mp4"]
+    assert "cannot read" in reasons["1.mp4"] and "5 of 9 frames" in reasons["3.mp4"]
     assert "caption" in reasons["4.mp4"] and "caption" in reasons["5.mp4"]
     assert shards(out).prompts == [captions[0], captions[2]]
     before = files(out)

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -156,12 +155,10 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, fails
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, most))
     try:
-        fails(
-            lambda: train(runs_dir=tmp_path, steps=2, resume="latest"), "cannot write", "step_0000002", "step_0000001"
-        )
+        fails(lambda: train(runs_dir=tmp_path, steps=2, resume="latest"), "step_0000002", "File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    assert checkpoints(tmp_path) == [1]
+    assert list((only_run(tmp_path) / "checkpoints").iterdir()) == [checkpoint_of(tmp_path, 1)]
 
 
 def test_a_real_teacher_trains_on_the_cpu_when_asked(tmp_path, fails):
@@ -257,7 +254,7 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys, fails
     run = only_run(tmp_path)
     train(runs_dir=tmp_path, steps=2, resume=run, batch_size=4)
     out = capsys.readouterr().out
-    assert "--anneal-lr" in out and list(logged(tmp_path, "lr/")["lr/student"].values())[-1] == pytest.approx(5e-4)
+    assert list(logged(tmp_path, "lr/")["lr/student"].values())[-1] == pytest.approx(5e-4)
     assert "resuming with --steps 2, it was 1000" in out and "4 samples per update, there were 2" in out
     train(runs_dir=tmp_path, steps=2, resume=run, guidance_scale=9.0)  # finished, it stays what it was trained with
     assert "is finished" in capsys.readouterr().out
@@ -267,8 +264,7 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path, monkeypatch, capsys, fails
     assert json.loads((run / "args.json").read_text())["guidance_scale"] == 2.0
 
 
-def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(time, "strftime", lambda _: "now")
+def test_runs_of_one_second_have_folders_of_their_own_and_none_is_trained_twice(tmp_path, fails):
     runs = [opened(tmp_path) for _ in range(3)]
     assert len({run.folder for run in runs}) == len(list(tmp_path.glob("dmd__*"))) == 3
     checkpoint = old_run(runs[0].folder, 1, **runs[0].args)
@@ -480,8 +476,7 @@ def test_the_first_process_of_a_machine_to_fail_prints(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE"),
-        ({"RANK": "first", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0"}, "WORLD_SIZE"),
         ({"SLURM_NTASKS": "8"}, "torchrun"),
     ],
 )
@@ -505,12 +500,12 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch, fails):
             assert common.local_device() == torch.device("cuda", own)
 
 
-def test_a_restarted_launch_that_had_resume_goes_on_from_what_it_wrote(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
-    before, ours = (
-        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **asdict(small_args(dmd2)), script="dmd2") for i in (1, 2)
+def test_a_restarted_launch_goes_on_with_the_run_of_its_flags(tmp_path, monkeypatch):
+    own = small_args(dmd2, runs_dir=tmp_path)
+    ours, _ = (
+        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **json.loads(json.dumps(asdict(args))), script="dmd2")
+        for i, args in enumerate((own, replace(own, lr=1.0)))
     )
-    (ours.parents[1] / "launch.txt").write_text(f"launch {os.getppid()}")
-    for count, checkpoint in (("0", before), ("1", ours)):
+    for count, checkpoint in (("0", None), ("1", ours)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert Run(dmd2.__file__, small_args(dmd2, runs_dir=tmp_path, resume=before), CPU).checkpoint == checkpoint
+        assert Run(dmd2.__file__, own, CPU).checkpoint == checkpoint

@@ -20,6 +20,8 @@ def test_what_cannot_go_together_is_one_line(tmp_path, fails):
     student = lambda name: common.Model("tiny", 9, 32, 32, student=str(name)).student
     for name, word in (("tiny-i2v", "conditions"), (small_teachers.write("wan", tmp_path), "latents")):
         fails(lambda name=name: student(name), "--student", word)
+    far = small_args(dmd2, teacher="wan2.1-14b", student="cosmos2.5-2b", runs_dir=tmp_path)
+    fails(lambda: dmd2.main(far), "--student cosmos2.5-2b")  # and not for want of a network or a GPU
     other = shutil.copytree(SMALL, tmp_path / "other")
     path = other / "text_encoder" / "model.safetensors"
     save_file({key: value.bfloat16() for key, value in load_file(path).items()}, path)

@@ -39,8 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 from common import TRAINED
 from models.compute import prepare
-from models.folders import family_of
-from models.latents import latent_shape
 from models.presets import PRESETS, TINY_WORLD, name_of
 from training.flags import one_line_errors, parse_args
 
@@ -59,23 +57,17 @@ class Described(common.Model):
     """A teacher's model; of a named one on the Hub without its files."""
 
     def __init__(self, teacher, frames, height, width, student=None, compute=None):
-        read = teacher not in PRESETS or teacher in TINY_WORLD
-        (super().__init__ if read else self.describe)(teacher, frames, height, width, compute)
+        super().__init__(teacher, frames, height, width, compute)
         self.student = Described(student, frames, height, width, None, compute) if student else None
 
-    def describe(self, teacher, frames, height, width, compute):
-        self.compute = dict(compute or {})
-        self.shard_size = self.compute.pop("shard_size", 0)
-        self.name, self.folder, self.size, self.world = teacher, Path(teacher), (frames, height, width), False
-        self.family = family_of(PRESETS[teacher].family)
+    def read(self, teacher):
+        if teacher not in PRESETS or teacher in TINY_WORLD:
+            return super().read(teacher)
         with torch.device("meta"):
-            self.config = dict(self.family.transformer_class.from_config(PRESETS[teacher].config).config)
-        vae = {"scale_factor_spatial": 16} if self.config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
-        self.latent_shape, self.patch = latent_shape(self.config, vae, *self.size)
-        self.text_length, self.text_dim = 512, self.config[self.family.text_dim]
-        self.conditions = self.family.conditions(self.config, self.latent_shape)
-        self.index = {"boundary_ratio": 0.9 if self.conditions else 0.875}  # Wan 2.2 A14B's
-        self.fps, self.negative_prompt = self.family.fps, ""
+            config = dict(self.family.transformer_class.from_config(PRESETS[teacher].config).config)
+        vae = {"scale_factor_spatial": 16} if config["out_channels"] == 48 else {}  # Wan 2.2 5B's, else 8
+        index = {"boundary_ratio": 0.9 if "I2V" in self.family.__name__ else 0.875}  # Wan 2.2 A14B's
+        return Path(teacher), config, index, vae, 512
 
 
 described = cache(Described)

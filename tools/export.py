@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,7 +30,7 @@ from models.presets import PRESETS, TINY_WORLD
 from models.wan import Wan
 from training.files import UserError, read_json, written_aside
 from training.finished import load_run, run_of, student_folders
-from training.flags import RunArgs, one_line_errors
+from training.flags import one_line_errors
 from training.published import wan_name
 
 SAMPLERS = {
@@ -54,75 +54,38 @@ class Args:
     """Where the teacher is, or of a run with --student that one, if its folder moved since the training."""
 
 
-@dataclass
-class Student:
-    """A student in a checkpoint. folders: of its transformers, transformer_2, …"""
-
-    script: ModuleType
-    args: RunArgs
-    checkpoint: Path
-    model: common.Model
-    folders: list[Path]
-    levels: list[list[float]]
-    """Noise levels of each network; a teacher's two experts are one network."""
-
-    @property
-    def sampler(self):
-        if getattr(self.args, "frame_block", 0):
-            return "causal"
-        return "euler" if hasattr(self.args, "phase_ends") else "renoise"
-
-    @property
-    def sigmas(self):
-        return [sigma for own in self.levels for sigma in own]
-
-    @property
-    def pipeline(self):
-        """The class that samples it, by name."""
-        name = self.model.index["_class_name"]
-        return "WanImageToVideoPipeline" if name == "WanPipeline" and self.model.conditions else name
-
-    @property
-    def is_wan(self):
-        return self.model.family.transformer_class is Wan.transformer_class
-
-    @property
-    def why_not_stock(self):
-        """Why no stock pipeline samples it; empty if one does."""
-        if self.sampler == "causal":
-            return f"it makes its latent frames in blocks of {self.args.frame_block}, one after the other"
-        if len(self.folders) > (2 if self.pipeline.startswith("Wan") else 1):
-            return f"it has {len(self.folders)} transformers, one per phase, and {self.pipeline} takes fewer"
-        if self.sampler == "renoise" and self.sigmas[1:] and self.model.conditions and "Cosmos" in self.pipeline:
-            return "it renoises, and Cosmos' pipeline keeps the first frame only in Euler steps"
-        return ""
-
-    @property
-    def boundary(self):
-        """boundary_ratio: noise levels of it and above are the first transformer's."""
-        if self.sampler == "euler":  # between the last level of the first phase and the first of the second
-            return round((self.levels[0][-1] + self.levels[1][0]) / 2, 4)
-        return self.model.index["boundary_ratio"]
-
-    @property
-    def hub(self):
-        """(repository, revision) on the Hub of what it began as; empty for a folder, of which nobody knows."""
-        name = self.model.name
-        return (PRESETS[name].source if name in PRESETS and name not in TINY_WORLD else "").partition("@")[::2]
-
-    def part(self, folder):
-        """The name in its network of one of its transformers."""
-        return folder.name if folder.name in self.model.family.parts else "transformer"
+def read_student(run, teacher):
+    """What an export says of a run's student, a namespace. folders: of its transformers, transformer_2, …; sigmas: its
+    noise levels; boundary: those of it and above are the first transformer's; hub: (repository, revision) of what it
+    began as, empty for a folder; why_not_stock: why no stock pipeline samples it, empty if one does.
+    """
+    script, args, checkpoint = load_run(run)
+    model = common.Model(teacher or args.student or args.teacher, *args.size)
+    folders, levels = student_folders(script, args, checkpoint), script.noise_levels(args)  # levels of each network
+    sigmas, name, why = [sigma for own in levels for sigma in own], model.index["_class_name"], ""
+    block, phased = getattr(args, "frame_block", 0), hasattr(args, "phase_ends")
+    sampler = "causal" if block else "euler" if phased else "renoise"
+    pipeline = "WanImageToVideoPipeline" if name == "WanPipeline" and model.conditions else name
+    if block:
+        why = f"it makes its latent frames in blocks of {block}, one after the other"
+    elif len(folders) > (2 if pipeline.startswith("Wan") else 1):
+        why = f"it has {len(folders)} transformers, one per phase, and {pipeline} takes fewer"
+    elif sampler == "renoise" and sigmas[1:] and model.conditions and "Cosmos" in pipeline:
+        why = "it renoises, and Cosmos' pipeline keeps the first frame only in Euler steps"
+    between = len(levels) > 1 and round((levels[0][-1] + levels[1][0]) / 2, 4)  # of the first two phases
+    source = PRESETS[model.name].source if model.name in PRESETS.keys() - TINY_WORLD else ""
+    return SimpleNamespace(
+        script=script, args=args, checkpoint=checkpoint, model=model, folders=folders, sigmas=sigmas, sampler=sampler,
+        pipeline=pipeline, is_wan=model.family.transformer_class is Wan.transformer_class, why_not_stock=why,
+        boundary=between or model.index.get("boundary_ratio"), hub=source.partition("@")[::2],
+    )  # fmt: skip
 
 
 def main(args):
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} is there already: give a new or an empty folder")
-    script, run_args, checkpoint = load_run(args.run)
-    model = common.Model(args.teacher or run_args.student or run_args.teacher, *run_args.size)
-    folders, levels = student_folders(script, run_args, checkpoint), script.noise_levels(run_args)
-    student = Student(script, run_args, checkpoint, model, folders, levels)
-    if args.lora and (student.why_not_stock or not run_args.lora_rank):
+    student = read_student(args.run, args.teacher)
+    if args.lora and (student.why_not_stock or not student.args.lora_rank):
         raise UserError(f"--lora: {student.why_not_stock or 'this run trained all weights'}")
     if args.comfyui and (args.lora or student.why_not_stock or not student.is_wan):
         why = student.why_not_stock or "it is for whole students of Wan; a LoRA loads as it is"
@@ -133,17 +96,17 @@ def main(args):
         aside = Path(aside) / args.out.name  # renamed when all of it is there
         aside.mkdir()
         if args.lora:
-            for number, folder in enumerate(folders):
-                with written_aside(aside / lora_name(folder)) as path:
+            for number, folder in enumerate(student.folders):
+                with written_aside(aside / file_name(folder)) as path:
                     save_file(lora_of(student, number), path, metadata={"format": "pt"})
         elif args.comfyui:
-            for folder in folders:
-                with written_aside(aside / f"{args.out.name}{part_end(folder)}.safetensors") as path:
+            for folder in student.folders:
+                with written_aside(aside / file_name(folder, args.out.name)) as path:
                     files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
                     weights = {wan_name(key): value for own in files for key, value in own.items()}
                     save_file(weights, path, metadata={"format": "pt"})
         else:
-            for folder in folders:
+            for folder in student.folders:
                 shutil.copytree(folder, aside / folder.name)
             if not student.why_not_stock:
                 write_pipeline(student, aside)
@@ -161,7 +124,10 @@ def write_pipeline(student, out):
     if len(student.folders) > 1:
         index |= {"transformer_2": index["transformer"], "boundary_ratio": student.boundary}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    near_scheduler(student).save_pretrained(out / "scheduler")
+    # no config holds a list of noise levels: this one has the last, and even steps to it
+    last = student.sigmas[-1] if student.sigmas[1:] else None
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=last, stochastic_sampling=student.sampler == "renoise")
+    scheduler.save_pretrained(out / "scheduler")
     for part, found in index.items():
         if not isinstance(found, list) or not found[0] or (out / part).exists():
             continue
@@ -172,27 +138,9 @@ def write_pipeline(student, out):
                 place.symlink_to(path.resolve())
 
 
-def near_scheduler(student):
-    """A scheduler whose config alone comes near the student's noise levels: no config holds a list of them.
-
-    The first, the second and the last are met: a schedule of n + 1 steps is 1 - (1 - end) (1 - u) / (1 + (shift - 1) u)
-    of evenly spaced u from 1 to 0. Qwen-Image's pipeline passes the levels themselves.
-    """
-    sigmas, kind = student.sigmas, {"stochastic_sampling": student.sampler == "renoise"}
-    if len(sigmas) == 1 or student.pipeline == "QwenImagePipeline":
-        return FlowMatchEulerDiscreteScheduler(**kind)
-    n, (_, second, *_, last) = len(sigmas) - 1, (*sigmas, sigmas[-1])
-    shift = 1 + ((1 - last) / (1 - second) - n) / (n - 1) if n > 1 else 1.0
-    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last, **kind)
-
-
-def part_end(folder):
-    """The end of the names of files of one transformer: empty or _2, …"""
-    return folder.name.removeprefix("transformer")
-
-
-def lora_name(folder):
-    return f"pytorch_lora_weights{part_end(folder)}.safetensors"
+def file_name(folder, name="pytorch_lora_weights"):
+    """The file of a transformer's weights: NAME.safetensors, NAME_2.safetensors, …"""
+    return f"{folder.name.replace('transformer', name)}.safetensors"
 
 
 def lora_of(student, number):
@@ -202,7 +150,8 @@ def lora_of(student, number):
     model_lora_keys_unet) and diffusers translates; for others diffusers' names below "transformer.".
     """
     reader = dcp.HuggingFaceStorageReader(str(student.checkpoint / "state"))
-    role, part = "ema" if student.args.ema_decay else "student", student.part(student.folders[number])
+    role, part = "ema" if student.args.ema_decay else "student", student.folders[number].name
+    part = part if part in student.model.family.parts else "transformer"
     if student.sampler == "euler" and number < len(student.folders) - 1:
         role = f"expert_{number}"
     prefix, wan = f"{role}.lora.{part}/", student.is_wan
@@ -227,7 +176,7 @@ def model_card(student, out, lora, comfyui):
     args, model, script = student.args, student.model, student.script.__name__.rpartition(".")[2]
     averaged = f"average of decay {args.ema_decay}" if args.ema_decay else "the student itself"
     step = read_json(student.checkpoint / "checkpoint.json")["step"]
-    note = (run_of(student.checkpoint) or student.checkpoint) / "revision.txt"
+    note = run_of(student.checkpoint) / "revision.txt"
     data = ModelCardData(
         base_model=student.hub[0] or None,
         base_model_relation=("adapter" if lora else "finetune") if student.hub[0] else None,
@@ -272,7 +221,7 @@ def snippet(student, out, lora):
         more += f", boundary_ratio={student.boundary}" if len(student.folders) > 1 else ""
         lines += [f"pipe = diffusers.{student.pipeline}.from_pretrained({base}{more})"]
         for folder, more in zip(student.folders, ("", ", load_into_transformer_2=True")):
-            lines += [f'pipe.load_lora_weights("{out.name}", weight_name="{lora_name(folder)}"{more})']
+            lines += [f'pipe.load_lora_weights("{out.name}", weight_name="{file_name(folder)}"{more})']
     else:
         lines += [f'pipe = diffusers.DiffusionPipeline.from_pretrained("{out.name}")']
     stochastic = "stochastic_sampling=True" if student.sampler == "renoise" else ""
@@ -295,9 +244,7 @@ def snippet(student, out, lora):
 
 def notes(student):
     """What a user of the stock pipeline should know, a list of sentences."""
-    found = [
-        "It is trained for these noise levels, set above, and for guidance 1. The config alone only comes near them."
-    ]
+    found = ["It is trained for these noise levels, set above, and for guidance 1. The config alone has others."]
     if student.model.conditions:
         found += [f"Give an image of {student.args.width} x {student.args.height}: the pipeline stretches any other."]
     if len(student.folders) > 1:

@@ -12,6 +12,8 @@ A video that cannot be used is skipped, and skipped.txt beside the shards says w
 or with more clips: it encodes those that no shard holds yet.
 """
 
+import csv
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,11 @@ import dmd2
 from models.images import SUFFIXES as PICTURES
 from models.images import read_images
 from models.latents import encode
-from tools.video_in.clips import SUFFIXES as VIDEOS
-from tools.video_in.clips import find_clips
-from tools.video_in.video import Unreadable, read_clip
-from training.files import UserError, hashed, opened, read_shard, stamps, write_shard, written_aside
+from tools.video_in import read_clip
+from training.files import UserError, hashed, opened, read_shard, readable, stamps, write_shard, written_aside
 from training.flags import one_line_errors, recipe_args
 
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
 
 
@@ -57,17 +58,55 @@ class Args:
     """Clips in a shard."""
 
 
+def find_clips(folder, metadata=None, suffixes=VIDEOS):
+    """(clips, skipped): lists of (name, caption), each once, and (name, reason). A name is a path below the folder.
+    metadata: a table of them, see read_table, or None where each file of these suffixes has its caption in a .txt file.
+    """
+    if metadata:
+        rows = read_table(metadata)
+    else:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+        rows = [(str(path.relative_to(folder)), read_caption(path.with_suffix(".txt"))) for path in files]
+    clips, skipped = {}, []
+    for name, caption in rows:
+        caption = " ".join((caption or "").split())
+        if not caption:
+            skipped.append((name, "it has no caption in UTF-8"))
+        elif not (folder / name).is_file():
+            skipped.append((name, "there is no such file"))
+        else:
+            clips[name, caption] = None
+    return list(clips), skipped
+
+
+def read_caption(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def read_table(path):
+    """[(file_name, caption)] of a UTF-8 table with these columns: CSV with a header, or JSON objects, one a line."""
+    with readable(f"{path} as a table of file_name and caption"), open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+        if any(None in row for row in rows):  # a caption with commas and without quotes would be cut
+            raise ValueError("a row has more fields than the header: put captions that hold commas into quotes")
+        return [(row["file_name"], row["caption"]) for row in rows]
+
+
 def survey(args, model):
-    """(todo, done, skipped): [(key, Clip)] that no shard in args.out holds, how many one does, [(name, reason)].
+    """(todo, done, skipped): [(key, name, caption)] that no shard in args.out has, how many one has, [(name, reason)].
 
     A clip's key is a number of its name, contents and caption and of all settings; shards keep the keys of their clips.
     """
     clips, skipped = find_clips(args.clips, args.metadata, VIDEOS | set(PICTURES if model.size[0] == 1 else ()))
     parts = ("vae", "tokenizer", *model.family.text_parts, *(("image_encoder",) if model.conditions else ()))
-    encoders = stamps([file for part in parts for file in sorted((model.folder / part).glob("*")) if file.is_file()])
+    encoders = stamps(model.folder / part for part in parts)
     shapes = (model.latent_shape, *((model.conditions,) if model.conditions else ()))
     settings = hashed(READER, *model.size, model.fps, *shapes, model.text_length, encoders)
-    keyed = {hashed(settings, clip.name, stamps([args.clips / clip.name]), clip.caption): clip for clip in clips}
+    stamped = ((name, stamps([args.clips / name]), caption) for name, caption in clips)
+    keyed = {hashed(settings, *clip): (clip[0], clip[2]) for clip in stamped}
     done = set()
     for path in args.out.glob("*.safetensors"):
         _, names, _ = read_shard(path)
@@ -75,7 +114,7 @@ def survey(args, model):
         if not own or not own <= keyed.keys():
             raise UserError(f"{path} is of other clips or settings: delete it, or give another folder")
         done |= own
-    return [(key, clip) for key, clip in keyed.items() if key not in done], len(done), skipped
+    return [(key, *clip) for key, clip in keyed.items() if key not in done], len(done), skipped
 
 
 def main(args):
@@ -91,28 +130,28 @@ def main(args):
     (todo, done, skipped), count = found[0], 0
     args.out.mkdir(parents=True, exist_ok=True)
     if todo:
-        encoded = common.encode_text(model, [clip.caption for _, clip in todo], args.out / "text", device)
+        encoded = common.encode_text(model, [caption for *_, caption in todo], args.out / "text", device)
         vae, read = model.load_vae(device), model.image_encoder(device)
 
     skipped = skipped if rank == 0 else []
     for first in range(rank * args.shard, len(todo), world * args.shard):
         kept, tensors = [], defaultdict(list)
-        for number, (_, clip) in enumerate(todo[first : first + args.shard], first):
+        for number, (_, name, _) in enumerate(todo[first : first + args.shard], first):
             try:
-                path = args.clips / clip.name
+                path = args.clips / name
                 if frames == 1 and path.suffix.lower() in PICTURES:
                     video = read_images([path], height, width)
                 else:
                     video = read_clip(path, frames, height, width, model.fps)[None]
-            except (Unreadable, UserError) as error:
-                skipped.append((clip.name, str(error)))
+            except UserError as error:
+                skipped.append((name, str(error)))
                 continue
             kept.append(number)
             tensors["latents"].append(encode(vae, video)[0].cpu())
             for key, value in read(video[:, :, :1]).items():  # what an image-to-video teacher reads of the first frame
                 tensors[key].append(value[0].cpu())
         if kept:
-            captions, keys = [todo[number][1].caption for number in kept], [todo[number][0] for number in kept]
+            captions, keys = [todo[number][2] for number in kept], [todo[number][0] for number in kept]
             texts = [opened(file).get_tensor(f"{i}.text") for file, i in (encoded.rows[number] for number in kept)]
             path = args.out / f"{done + first:08d}_{hashed(*keys):016x}.safetensors"
             write_shard(path, captions, texts, **tensors, clip=[torch.tensor(key) for key in keys])

@@ -24,7 +24,7 @@ import dmd2
 from models.images import find_images
 from models.latents import decode
 from training.files import UserError, read_prompts
-from training.finished import load_run, run_of, student_sampler, teacher_sampler
+from training.finished import load_run, model_of, run_of, student_sampler, teacher_sampler
 from training.flags import one_line_errors
 from training.media import contact_sheet, thumbnail, write_video
 
@@ -66,15 +66,6 @@ class Args:
     """Folder for the files, new or empty. Else samples/ in the run's folder."""
 
 
-def first_frames(image, model, count):
-    """Paths of the images that `count` prompts begin with, none for text-to-video."""
-    if bool(model.conditions) != bool(image):
-        raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --image")
-    if image and image.is_dir():
-        return find_images(image, count)
-    return [image] * count if image else []  # cropped in the middle where its aspect is another
-
-
 @torch.no_grad()
 def main(args):
     if bool(args.prompt) == bool(args.prompts):
@@ -83,10 +74,8 @@ def main(args):
     script, run_args, checkpoint = load_run(args.checkpoint)
     own = {name: getattr(args, name) or getattr(run_args, name) for name in ("frames", "height", "width", "batch_size")}
     run_args = replace(run_args, teacher=args.teacher_folder or run_args.teacher, **own)
-    model = common.Model(
-        run_args.teacher, *run_args.size, student=run_args.student, negative_prompt=run_args.negative_prompt
-    )
-    images, run = first_frames(args.image, model, len(prompts)), run_of(checkpoint) or checkpoint
+    model = model_of(run_args)
+    images, run = find_images(model, args.image, len(prompts)), run_of(checkpoint)
     out, cache = args.out or run / "samples", run.parent / "cache"
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: delete it, or give another folder with --out")
@@ -114,9 +103,8 @@ def main(args):
                         rows[p, suffix].append(thumbnail(clip))
                     bar.update()
             del sample
-    contact_sheet(
-        out / "sheet.png", [(f"{p:02d}{suffix}: {prompts[p]}", rows[p, suffix]) for p, suffix in sorted(rows)]
-    )
+    sheet = [(f"{p:02d}{suffix}: {prompts[p]}", rows[p, suffix]) for p, suffix in sorted(rows)]
+    contact_sheet(out / "sheet.png", sheet)
     record = {"prompts": prompts, "checkpoint": checkpoint, "flags": asdict(args)}
     (out / "samples.json").write_text(json.dumps(record, indent=2, default=str))
     dist.destroy_process_group()

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import common
 from models.adapters import Adapted
-from training.files import UserError, read_json, readable_by_all
+from training.files import UserError, read_json, readable, readable_by_all
+from training.start import flags_of
 
 # of an optimizer one value per parameter, by its name: safetensors hold nothing but tensors
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -32,13 +33,6 @@ def latest_checkpoint(folder):
     """The newest complete checkpoint in a run folder, or None."""
     steps = sorted(Path(folder).glob(f"checkpoints/step_{'[0-9]' * 7}"), key=lambda path: path.name)
     return steps[-1] if steps else None
-
-
-def check_checkpoint(path):
-    """The record of a checkpoint, which is written last."""
-    if not (path / "checkpoint.json").is_file():
-        raise UserError(f"{path} is not a complete checkpoint (no checkpoint.json): resume from another one")
-    return read_json(path / "checkpoint.json")
 
 
 def run_name(script, teacher, seed=None):
@@ -66,8 +60,6 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
             raise UserError(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
     path = Path(resume).absolute()
-    if not path.is_dir():
-        raise UserError(f"--resume: no such folder {resume}")
     return latest_checkpoint(path) or path
 
 
@@ -78,10 +70,8 @@ def find_init(runs_dir, teacher, init, subject=None):
     last = lambda run: run / "checkpoints" / f"step_{read_json(run / 'args.json')['steps']:07d}"
     runs = [run for run in runs_of(runs_dir, init, subject or teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
-        asked = "train it first, or --init another; --init None: from the teacher"
-        raise UserError(
-            f"--init: no file, folder or finished run of {init} in {runs_dir}, {subject or teacher}: {asked}"
-        )
+        where = f"{runs_dir}/{run_name(init, subject or teacher)}*"
+        raise UserError(f"--init: no such file or folder, nor a finished run {where}; --init None: from the teacher")
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 
@@ -113,15 +103,12 @@ def save_state(folder, networks, optimizers, files=32):
 def load_state(checkpoint, networks, optimizers):
     """Fill all networks and optimizers from a checkpoint, in place."""
     state = flat_state(networks, optimizers)
-    try:
+    with readable(checkpoint):
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
         known = reader.read_metadata().state_dict_metadata
         for key in [key for key in state if "_optimizer.state." in key and key not in known]:
             state.pop(key).zero_()  # of an expert that no step has trained yet
         dcp.load(state, storage_reader=reader)
-    except (Exception, dcp.CheckpointException) as error:  # dcp's own wraps every cause and is no Exception
-        reason, flags = str(error).strip().splitlines()[-1], checkpoint.parents[1] / "args.json"
-        raise UserError(f"cannot resume from {checkpoint}: {reason}. Flags must be those in {flags}") from None
 
 
 def load_init(path, networks, args):
@@ -134,9 +121,8 @@ def load_init(path, networks, args):
     """
     path = latest_checkpoint(path) or path
     is_checkpoint, student = (path / "checkpoint.json").is_file(), networks["student"]
-    phased = is_checkpoint and "phase_ends" in read_json(path / "args.json")
     experts = path / "student" if is_checkpoint else path
-    if (experts / "transformer_2").is_dir() and (phased or len(student.parts) == 1):
+    if (experts / "transformer_2").is_dir() and ("phase_ends" in flags_of(path) or len(student.parts) == 1):
         raise UserError(f"--init: {path} has one expert per phase: name {experts / 'transformer'} or transformer_2, …")
     found = {"student"}
     if is_checkpoint:
@@ -146,18 +132,15 @@ def load_init(path, networks, args):
     elif path.is_file():
         teacher = args["student"] or args["teacher"]
         found = import_module("training.published").load(path, networks, teacher, args["init_strength"])
-    elif all((path / part).is_dir() for part in student.parts):
-        for part in student.parts:
-            common.put_weights(student, path / part, part)
-    elif len(student.parts) == 1:
-        common.put_weights(student, path)
     else:
-        raise UserError(f"--init: this teacher has two experts: name the folder that holds {', '.join(student.parts)}")
+        for part in student.parts:  # of one transformer also the folder itself
+            whole = len(student.parts) == 1 and not (path / part).is_dir()
+            common.put_weights(student, path if whole else path / part, part)
     if "ema" in networks and "ema" not in found:
         common.ema_update(networks["ema"], networks["student"], 0)
     if dist.get_rank() == 0:
-        lacking = "; it has no fake score, which starts from the teacher" if "fake_score" not in found else ""
-        print(f"starting from {', '.join(sorted(found))} of {path}{lacking if 'fake_score' in networks else ''}")
+        lacking = "; it has no fake score, which starts from the teacher" * ("fake_score" in networks.keys() - found)
+        print(f"starting from {', '.join(sorted(found))} of {path}{lacking}")
 
 
 def load_networks(checkpoint, networks):
@@ -168,15 +151,11 @@ def load_networks(checkpoint, networks):
     reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
     known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
     found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
-    for key in sorted(known.keys() ^ wanted.keys()):
-        if key.split(".")[0] in found & networks.keys() and ".heads." not in key:
-            lora = f"train in full from {checkpoint / 'student' / 'transformer'}, or give both the same LoRA ranks"
-            why = lora if any(".lora." in name for name in (*known, *wanted)) else "it is of another kind of teacher"
-            raise UserError(f"{checkpoint} does not fit: {key} is {'unknown' if key in known else 'missing'}; {why}")
-    for key, value in wanted.items():
-        if key in known and known[key].size != value.shape:
-            raise UserError(f"{checkpoint}: {key} is {tuple(known[key].size)}, this teacher's {tuple(value.shape)}")
-    dcp.load({key: value for key, value in wanted.items() if key in known}, storage_reader=reader)
+    with readable(f"{checkpoint} into these networks"):
+        for key in sorted(known.keys() ^ wanted.keys()):
+            if key.split(".")[0] in found & networks.keys() and ".heads." not in key:
+                raise ValueError(f"{key} is {'unknown' if key in known else 'missing'}")
+        dcp.load({key: value for key, value in wanted.items() if key in known}, storage_reader=reader)
     return found
 
 

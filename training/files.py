@@ -10,8 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 if sys.platform == "win32":  # no fcntl, SIGHUP or symbolic links for all
     raise SystemExit("error: this runs on Linux; on Windows use WSL: https://learn.microsoft.com/windows/wsl/install")
@@ -20,15 +22,28 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # what numbers in safetensors may be
 
 
 class UserError(Exception):
-    """What a user can mend. The entry point (training/flags.py) prints it in one line, without a traceback."""
+    """What a user can mend."""
+
+
+# what the entry point (training/flags.py) prints in one line, without a traceback
+MISTAKES = (UserError, OSError, SafetensorError, CheckpointException, ValidationError)
+
+
+def one_line(error):
+    """What a user reads of an error: of flags that are out of bounds the first, of what failed on ranks one."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        return f"--{name}: {first['msg'].lower()}, got {first['input']}"
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 def read_json(path):
     """The dict in a JSON file."""
-    try:
+    with readable(path):
         return dict(json.loads(Path(path).read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_prompts(path):
@@ -43,14 +58,13 @@ def read_prompts(path):
 
 @contextmanager
 def readable(path):
-    """What a library cannot read in this block, of files that somebody damaged, ends in one line that names them."""
+    """What cannot be read in this block, of files that are damaged or do not fit, ends in one line that names them."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path} ({reason}): copy or download it again") from None
+    except (Exception, CheckpointException) as error:  # which is no Exception
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
 
 
 def readable_by_all(path):
@@ -72,8 +86,6 @@ def written_aside(path):
         yield aside
         readable_by_all(aside)
         os.replace(aside, path)
-    except SafetensorError as error:  # a full disk, for one
-        raise UserError(f"cannot write {path}: {error}") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -84,9 +96,12 @@ def hashed(*key):
 
 
 def stamps(paths):
-    """(name, size, hash of the first MiB) of files, for `hashed`: the same on every machine that has the same files."""
+    """(name, size, hash of the first MiB) of files, also of those in folders, for `hashed`: the same on every machine
+    that has the same files.
+    """
     first = lambda path: hashlib.blake2b(open(path, "rb").read(1 << 20), digest_size=8).hexdigest()
-    return [(path.name, path.stat().st_size, first(path)) for path in paths]
+    files = [file for path in paths for file in (sorted(path.glob("*")) if path.is_dir() else [path])]
+    return [(path.name, path.stat().st_size, first(path)) for path in files if path.is_file()]
 
 
 def opened(path):
@@ -106,17 +121,7 @@ def read_shard(path):
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     with readable(path):
         prompts = json.loads(file.metadata()["prompts"])
-    if f"{len(prompts)}.text" in shapes:
-        raise UserError(f"shard {path} has {len(prompts)} prompts, and more samples: make it again")
     return prompts, shapes, file.get_tensor("settings").tolist() if "settings" in shapes else None
-
-
-def read_sample(path, name):
-    """One tensor of a shard, which must be finite."""
-    tensor = opened(path).get_tensor(name)
-    if not tensor.isfinite().all():
-        raise UserError(f"shard {path}: {name} is not finite: make it again")
-    return tensor
 
 
 def write_shard(path, prompts, texts, settings=None, **tensors):

@@ -4,35 +4,39 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 import common
 from training.checkpoints import latest_checkpoint, load_networks
 from training.files import UserError, read_json
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_run(folder):
     """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
     folder = Path(str(folder).removesuffix(":raw")).absolute()
-    checkpoint = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
-    if checkpoint is None:
-        raise UserError(f"{folder} is no run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
+    checkpoint = latest_checkpoint(folder) or folder
     record = read_json(checkpoint / "args.json")  # what it was trained with
     script = load_script(record.pop("script"))
-    return script, script.Args(**record), checkpoint
+    known = script.Args.__pydantic_fields__  # older runs have flags that are gone
+    return script, script.Args(**{name: value for name, value in record.items() if name in known}), checkpoint
+
+
+def model_of(args):
+    """The Model of a run with these flags, but for those that change time and memory alone."""
+    return common.Model(args.teacher, *args.size, student=args.student, negative_prompt=args.negative_prompt)
 
 
 def load_script(name):
     """The module of a script of this repository, or of a variant of one."""
-    for room in ("", "tools/", "experiments/"):
-        if (ROOT / f"{room}{name}.py").is_file():
-            return import_module(f"{room}{name}".replace("/", "."))
-    return import_module("experiments.variant").load(name.partition("-")[2])
+    name, _, variant = name.partition("-")
+    if variant:
+        return import_module("experiments.variant").load(variant)
+    return import_module("tools.ode_init" if name == "ode_init" else name)
 
 
 def run_of(checkpoint):
-    """The folder of the run that a checkpoint is in; None for a checkpoint that was copied elsewhere."""
-    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
+    """The folder of the run that a checkpoint is in, or of a checkpoint that was copied elsewhere its own."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def student_folders(script, args, checkpoint):
@@ -50,24 +54,15 @@ def students_of(model, device, script, args, checkpoint, raw):
 
     raw: the last is the student itself, not its average.
     """
-    folders, students, model = student_folders(script, args, checkpoint), [], model.student or model
-    groups = [[folder] for folder in folders] if "phase_ends" in vars(args) else [folders]  # a network each
-    block, last = vars(args).get("frame_block", 0), "student" if raw or not args.ema_decay else "ema"
-    if last in args.adapters:
-        names = [*(f"expert_{i}" for i in range(len(groups) - 1)), last]
-        base = model.load_network("teacher", device, adapters={name: args.adapters[name] for name in names})
-        networks = {name: model.load_network(name, device, base=base) for name in names}
-        load_networks(checkpoint, networks)
-        return list(networks.values())
-    for group in groups[:-1] if raw else groups:
-        students.append(model.load_network("teacher", device, block))
-        for folder in group:
-            own = folder.name if folder.name in model.family.parts else "transformer"
-            common.put_weights(students[-1], folder, own)
-    if raw:
-        students.append(model.load_network("student", device, block))
-        load_networks(checkpoint, {"student": students[-1]})
-    return students
+    student_folders(script, args, checkpoint)  # all phases are trained
+    model, flags, last = model.student or model, vars(args), "student" if raw or not args.ema_decay else "ema"
+    names = [*(f"expert_{i}" for i in range(len(flags.get("phase_ends", ())) - 1)), last]
+    adapters = {name: args.adapters[name] for name in names if name in args.adapters}
+    base = model.load_network("teacher", device, adapters=adapters) if adapters else None
+    dtype, block = torch.bfloat16 if device.type == "cuda" else torch.float32, flags.get("frame_block", 0)
+    networks = {name: model.load_network(name, device, block, dtype, base) for name in names}
+    load_networks(checkpoint, networks)
+    return list(networks.values())
 
 
 def student_sampler(model, device, script, args, checkpoint, raw, kept_frames=0):

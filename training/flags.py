@@ -13,24 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from models.presets import PRESETS, TINY_WORLD, name_of
 from models.recipes import recipe
 from training.checkpoints import find_checkpoint, find_init
-from training.files import UserError
-from training.start import flag, flags_of, handed_on
+from training.files import MISTAKES, UserError, one_line
+from training.start import flags_of, handed_on
 
 
 def rising(interval):
@@ -76,7 +66,8 @@ class RunArgs:
     batch_size: PositiveInt = 1
     """Samples per process and micro-batch."""
     anneal_lr: bool = False
-    """Let both learning rates fall in a straight line, to zero at --steps; else they stay level, as in the papers."""
+    """Let both learning rates fall in a straight line, to zero at --steps (of a resumed run, at its new --steps); else
+    they stay level, as in the papers."""
     betas: tuple[Unit, Unit] = (0.9, 0.999)  # CoDMD
     """AdamW betas of student and fake score."""
     weight_decay: NonNegativeFloat = 0.01  # CoDMD
@@ -110,8 +101,6 @@ class RunArgs:
     """Euler steps of the teacher's samples: those that previews are compared with, and clips that it makes."""
     num_samples: PositiveInt = 1024
     """Samples that the teacher makes where a method needs pairs or clips and none are given."""
-    max_hours: NonNegativeFloat = 4.0
-    """Make no samples of the teacher (pairs, or clips where --data is not given) that would take longer than this."""
     track: bool = False
     """Log to Weights & Biases too, if it is installed."""
     lora_rank: NonNegativeInt = 0
@@ -132,16 +121,6 @@ class RunArgs:
     """GPUs that share a copy of each network (HSDP), for several machines; 0: all of them share one."""
     cpu: bool = False
     """Train a real teacher on the CPU, in float32, where no GPU is visible; else such a run ends at once."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def within_bounds(cls, values, check):
-        """The first flag that is out of its type's bounds ends in one line."""
-        try:
-            return check(values)
-        except ValidationError as error:
-            name, got = str(error.errors()[0]["loc"][0]), error.errors()[0]["input"]
-            raise UserError(f"{flag(name)}: {error.errors()[0]['msg'].lower()}, got {got}") from None
 
     @property
     def has_clips(self):
@@ -242,19 +221,17 @@ def one_line_errors():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run catches it
     try:
         yield
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}" if first_to_fail() else 1) from None
+    except MISTAKES as error:
+        raise SystemExit(f"error: {one_line(error)}" if first_to_fail() else 1) from None
 
 
 def first_to_fail():
     """Whether no other process of this machine has printed its error: torchrun ends all when the first one fails."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    with suppress(FileExistsError):
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # in torchrun's own folder of this attempt
+            Path(file).parents[1].joinpath("printed").touch(exist_ok=False)
         return True
-    try:  # in torchrun's own folder of this attempt
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1].joinpath("printed").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+    return False
 
 
 def launch(main, Args):

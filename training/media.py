@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from training.files import written_aside
+from training.files import UserError, written_aside
 
 # contact sheet: pixels between clips, characters and pixels of a label, pixels of a frame
 GAP, LABEL_CHARS, LABEL_WIDTH, HIGH = 8, 24, 190, 128
@@ -22,7 +22,7 @@ GAP, LABEL_CHARS, LABEL_WIDTH, HIGH = 8, 24, 190, 128
 def to_uint8(video):
     """[3, f, h, w] in [0, 1] (clamped) -> uint8 array [f, h, w, 3]."""
     if not video.isfinite().all():
-        raise ValueError("the video has pixels that are not finite")
+        raise UserError("a video has pixels that are not finite: something broke before it")
     codes = (video.detach().float().clamp(0, 1) * 255).round().byte()
     return rearrange(codes, "c f h w -> f h w c").cpu().numpy().copy()
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 import common
 from models.latents import decode
 from training import media, metrics
-from training.files import UserError
+
+FIXED = ("data", "teacher")  # what a student's samples are compared with
 
 
 class Preview:
@@ -23,7 +24,7 @@ class Preview:
     def __init__(self, run, model, data, prompts, seeds, batch_size):
         self.run, self.model, self.data = run, model, data
         self.labels, self.seeds, self.batch_size = data.prompts[:prompts], seeds, batch_size
-        self.scores, self.shown, self.vae = {}, {}, None
+        self.shown, self.vae = {}, None  # {name: (scores, thumbnails)} of what is FIXED and of the newest
         self.total, world = len(self.labels) * seeds, dist.get_world_size()
         each = math.ceil(self.total / world)
         self.mine = [(dist.get_rank() + world * i) % self.total for i in range(each)]
@@ -57,28 +58,19 @@ class Preview:
             self.score(name, [found[number] for number in range(self.total)])
 
     def write_data(self):
-        """The same figures for the data: clips of the same prompts, where there are any. For image-to-video also the
-        images that the samples begin with, to be shown beside them.
-        """
-        if dist.get_rank():
-            return
-        if self.model.conditions:
-            first = self.model.family.first_latent(self.data.cond_of(range(len(self.labels))))
-            self.shown["image"] = [[media.thumbnail(image)] for image in self.decode(first)]
-        if self.data.has_clips:
+        """The same figures for the data: clips of the same prompts, where there are any."""
+        if dist.get_rank() == 0 and self.data.has_clips:
             clips = self.data.preview_clips(len(self.labels), self.seeds, self.decode)
             self.score("data", [self.look("data", p, s, clip) for p, s, clip in clips])
 
     def folder(self, name):
         """Where the clips of the data, of the teacher, or of the student at a step are written."""
-        return self.run.folder / "previews" / (name if isinstance(name, str) else f"step_{name:07d}")
+        return self.run.folder / "previews" / (name if name in FIXED else f"step_{name:07d}")
 
     def look(self, name, p, s, clip):
         """Write clip s of prompt p, the first four of each. Returns what is kept of it: figures, pooled pixels, a
         thumbnail, and of the tiny world, where figures are of many clips, itself.
         """
-        if not math.isfinite(clip.sum()):
-            raise UserError(f"videos of the preview {self.folder(name).name} are not finite: something broke before it")
         if s < 4:
             media.write_video(self.folder(name) / f"{p:02d}_{s}", clip, self.model.fps)
         kept = clip if self.model.world else None
@@ -86,7 +78,8 @@ class Preview:
 
     def score(self, name, found):
         """Score and log what `look` kept of the clips: of each prompt equally many."""
-        fixed, step = isinstance(name, str), self.run.step if isinstance(name, str) else name
+        fixed = name in FIXED
+        step = self.run.step if fixed else name
         figures, pooled, thumbnails, clips = zip(*found)
         scores, seeds = {key: fmean(own[key] for own in figures) for key in figures[0]}, len(found) // len(self.labels)
         scores.pop("diversity")
@@ -95,11 +88,10 @@ class Preview:
             scores = {"diversity": fmean(metrics.pairwise_rms(own) for own in by_prompt), **scores}
         if self.model.world:
             scores |= self.data.measure(self.labels, torch.stack(clips).unflatten(0, (-1, seeds)))
-        self.scores[self.folder(name).name] = scores
-        shown = {**self.shown, self.folder(name).name: [thumbnails[i : i + 2] for i in range(0, len(found), seeds)]}
-        if fixed:
-            self.shown = shown
-        rows = [(f"{key}: {self.labels[p]}", shown[key][p]) for p in range(len(self.labels)) for key in shown]
+        clips = [thumbnails[i : i + 2] for i in range(0, len(found), seeds)]
+        self.shown = {key: own for key, own in self.shown.items() if key in FIXED}
+        self.shown[self.folder(name).name] = scores, clips
+        rows = [(f"{key}: {x}", own[p]) for p, x in enumerate(self.labels) for key, (_, own) in self.shown.items()]
         sheet = media.contact_sheet(self.folder(name).with_suffix(".png"), rows)
         prefix = f"preview_{name}" if fixed else "preview"  # the fixed ones are what curves are to be compared with
         self.run.scalars(step, {f"{prefix}/{key}": value for key, value in scores.items()})
@@ -107,11 +99,10 @@ class Preview:
 
     def table(self):
         """Markdown table of the newest scores beside the teacher's and the data's, also written to previews/."""
-        last = [name for name in self.scores if name not in ("data", "teacher")][-1:]
-        columns = [name for name in ("data", "teacher", *last) if name in self.scores]
-        lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-        for key in self.scores[columns[-1]]:
-            cells = [f"{self.scores[c][key]:.3f}" if key in self.scores[c] else "" for c in columns]
+        scores = [own for own, _ in self.shown.values()]
+        lines = ["| | " + " | ".join(self.shown) + " |", "|---|" + "---:|" * len(scores)]
+        for key in scores[-1]:
+            cells = [f"{own[key]:.3f}" if key in own else "" for own in scores]
             lines.append(f"| {key} | " + " | ".join(cells) + " |")
         (self.run.folder / "previews" / "table.md").write_text("\n".join(lines) + "\n")
         return "\n".join(lines)

@@ -50,8 +50,8 @@ def wan_name(name):
     return name
 
 
-def one_expert(folder, teacher):
-    return family_name(folder, teacher).partition(".")[0] in ("wan", "wan_5b", "wan_i2v")
+def one_expert(teacher):
+    return family_name(teacher).partition(".")[0] in ("wan", "wan_5b", "wan_i2v")
 
 
 def check(path, teacher):
@@ -59,7 +59,7 @@ def check(path, teacher):
     teacher; what is no file is read elsewhere.
     """
     files = list(path.glob("*.safetensors"))
-    if len(files) == 1 and one_expert(teacher_folder(teacher), teacher):
+    if len(files) == 1 and one_expert(teacher):
         path = files[0]
     if path.is_file():
         opened(path, teacher)
@@ -94,7 +94,7 @@ def opened(path, teacher):
     is not there or does not fit. UserError unless the student fits.
     """
     folder = teacher_folder(teacher)
-    if not one_expert(folder, teacher):
+    if not one_expert(teacher):
         raise UserError(f"--init: {path} is a file, which is read for Wan with one expert, and {teacher} is none")
     with init_empty_weights():
         wanted = WanTransformer3DModel.from_config(read_json(folder / "transformer" / "config.json")).state_dict()

@@ -9,19 +9,19 @@ import signal
 import subprocess
 import time
 from dataclasses import asdict, replace
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.presets import needs_gpu
+from models.students import check_names
 from training.checkpoints import (
-    check_checkpoint,
     find_checkpoint,
     find_init,
     latest_checkpoint,
@@ -32,7 +32,7 @@ from training.checkpoints import (
     save_state,
     save_weights,
 )
-from training.files import UserError, written_aside
+from training.files import MISTAKES, UserError, one_line, read_json, written_aside
 from training.start import check_resumed, check_start, flag, flags_of
 
 
@@ -46,24 +46,28 @@ class Run:
     """
 
     def __init__(self, script, args, device):
+        check_names(args.teacher, args.student)
         for name in ("prompts", "data", "images", "pairs"):  # before a teacher is fetched
             if (path := vars(args).get(name)) and not Path(path).exists():
                 raise UserError(f"--{name}: no such file or folder {path}")
         if device.type == "cpu" and not args.cpu and needs_gpu(args.teacher):
             raise UserError(f"{args.teacher} would train on the CPU, as no GPU is visible: see to that, or give --cpu")
         self.script, self.device, self.rank = Path(script), device, dist.get_rank()
-        self.cache, self.max_hours = Path(args.runs_dir) / "cache", args.max_hours
+        self.cache, self.which = Path(args.runs_dir) / "cache", (self.script.stem, args.subject, args.seed)
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
-        args = replace(args, resume=self.restarted(args) or args.resume)
         if args.init and not args.resume:
             self.init = find_init(args.runs_dir, args.student or args.teacher, args.init, args.subject)
             args = replace(args, init=str(self.init))
         self.args, lines = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str)), ()
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not args.resume:  # then by torchrun
+            runs = runs_of(args.runs_dir, *self.which)
+            begun = [str(run) for run in runs if flags_of(run) == self.args and latest_checkpoint(run)]
+            args = replace(args, resume=begun[-1] if begun else None)
         if args.resume:
-            self.checkpoint = find_checkpoint(args.runs_dir, self.script.stem, args.subject, args.seed, args.resume)
-            record = check_checkpoint(self.checkpoint)
+            self.checkpoint = find_checkpoint(args.runs_dir, *self.which, args.resume)
+            record = read_json(self.checkpoint / "checkpoint.json")  # which is written last
             self.step, self.world = record["step"], record["world_size"]
             lines = check_resumed(self.checkpoint.parents[1], self.step, self.args)
         elif self.init:
@@ -72,18 +76,9 @@ class Run:
             self.say(line)
         if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
             self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
-        self.folder, self.subject = None, args.subject  # until it is open
+        self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
         self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
-
-    def restarted(self, args):
-        """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
-        self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
-        runs = runs_of(args.runs_dir, self.script.stem, args.subject, args.seed)
-        ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
-        found = [max((str(run) for run in runs if ours(run) and latest_checkpoint(run)), default=None)]
-        dist.broadcast_object_list(found)
-        return found[0] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
 
     def say(self, line):
         """Print a line once, above the progress bar."""
@@ -104,8 +99,6 @@ class Run:
             self.folder = self.checkpoint.parents[1]
         found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
-        if not found[0]:
-            raise UserError(f"another process trains in {self.folder}: wait until it has ended")
         self.folder = found[0]
         if self.rank == 0:
             self.describe()
@@ -119,22 +112,16 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
     def open_folder(self):
-        """The run's folder, made for a new run; None if another process trains in it."""
-        name = run_name(self.script.stem, self.subject, self.args["seed"])
-        folder = self.folder or Path(self.args["runs_dir"]) / (name + time.strftime("%Y%m%d-%H%M%S"))
-        while not self.folder:
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:  # of a run that began in the same second
-                folder = folder.with_name(folder.name + "+")
+        """The run's folder, made for a new run; UserError if another process trains in it."""
+        new = Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}"
+        folder = self.folder or new
         for part in ("checkpoints", "previews"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return None
+            raise UserError(f"another process trains in {folder}: wait until it has ended") from None
         for leftover in folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
         return folder
@@ -147,9 +134,6 @@ class Run:
         for name in sorted(self.args.keys() - {"resume", "runs_dir"}):
             if self.args[name] != before.get(name):
                 print(f"resuming with {flag(name)} {self.args[name]}, it was {before.get(name)}")
-        if self.args["anneal_lr"] and self.args["steps"] != before["steps"]:
-            now, was = (1 - self.step / steps for steps in (self.args["steps"], before["steps"]))
-            print(f"--anneal-lr: by the new --steps learning rates go on at {now:.3g} of their first, not {was:.3g}")
         old = before["batch_size"] * before["grad_accum"] * self.world
         new = self.args["batch_size"] * self.args["grad_accum"] * dist.get_world_size()
         if old != new:
@@ -160,7 +144,6 @@ class Run:
         words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
         known = shutil.which("git") and subprocess.run(words, capture_output=True, text=True).stdout
         (self.folder / "revision.txt").write_text(known or "unknown\n")
-        (self.folder / "launch.txt").write_text(self.launch)
         shutil.copy(self.script, self.folder)
         print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
 
@@ -202,11 +185,10 @@ class Run:
                 for name, values in (("args.json", self.args), ("checkpoint.json", record)):
                     (aside / name).write_text(json.dumps(values, indent=2) + "\n")
                 os.replace(aside, final)
-        except (OSError, SafetensorError, dcp.CheckpointException) as error:
-            self.close()
+        except MISTAKES as error:  # a full disk, for one
             shutil.rmtree(aside, ignore_errors=True)
-            reason, last = (str(error).strip() or repr(error)).splitlines()[-1], latest_checkpoint(self.folder)
-            raise UserError(f"cannot write {final}: {reason}; the last checkpoint is {last or 'none'}") from None
+            last = latest_checkpoint(self.folder)
+            raise UserError(f"cannot write {final}: {one_line(error)}; the last checkpoint is {last}") from None
         if self.rank == 0 and self.args["keep"]:
             for old in sorted(final.parent.glob("step_*"))[: -self.args["keep"]]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -243,7 +225,7 @@ class Run:
         self.close()
         dist.destroy_process_group()
         if self.rank == 0:
-            if preview.scores:
+            if preview.shown:
                 print(f"{preview.table()}\n\ncontact sheets and table: {self.folder / 'previews'}")
             print(f"run folder: {self.folder}\ncheckpoint: {latest_checkpoint(self.folder)}")
         if stop:
@@ -262,14 +244,10 @@ class Run:
 def check_shared(folder):
     """All processes see the same folder: else each machine would write its part of every checkpoint for itself."""
     folder.mkdir(parents=True, exist_ok=True)
-    marks = [folder / f".seen_by_all_{os.getpid()}_{time.time_ns()}"]
+    marks, seen = [mkdtemp(dir=folder) if dist.get_rank() == 0 else None], [None] * dist.get_world_size()
     dist.broadcast_object_list(marks)
+    dist.all_gather_object(seen, Path(marks[0]).exists())
     if dist.get_rank() == 0:
-        marks[0].touch()
-    dist.barrier()
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, marks[0].exists())
-    if dist.get_rank() == 0:
-        marks[0].unlink()
+        os.rmdir(marks[0])
     if not all(seen):
         raise UserError(f"{seen.count(False)} of {len(seen)} processes do not see {folder}: machines must share it")

@@ -1,44 +1,36 @@
 """Samples of the teacher itself, made once and kept as shards: pairs for a regression, clips where there are none."""
 
 import math
-import time
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from training.files import UserError, hashed, stamps, write_shard
+from training.files import hashed, stamps, write_shard
 
 
 def teacher_samples(run, data, sample, args):
     """Shards of the teacher's own samples, noise and latents, for the first --num-samples of data; made only once.
 
     sample: a function (rng, cond) -> latents. Ranks share the work, each with equally many batches, so that sharded
-    networks run in step. Ends after the first batch if the others would take more than --max-hours.
+    networks run in step.
     """
     rank, world, count = dist.get_rank(), dist.get_world_size(), args.num_samples
     folder = run.cache / f"pairs_{samples_key(data, args):016x}"
     paths = {first: folder / f"{first:08d}.safetensors" for first in range(0, count, args.batch_size)}
     missing = [first for first, path in paths.items() if not path.is_file()]
     dist.barrier()
-    turns, started = math.ceil(len(missing) / world), time.perf_counter()
-    for turn in tqdm(range(turns), desc="teacher samples", disable=rank > 0 or not missing):
+    for turn in tqdm(range(math.ceil(len(missing) / world)), "teacher samples", disable=rank > 0 or not missing):
         first = missing[(turn * world + rank) % len(missing)]
         numbers = range(first, min(first + args.batch_size, count))
         draws = lambda numbers=numbers: common.SampleRNG(data.seed, "pairs", numbers, run.device)
         cond = data.cond(numbers)
         # padding is zero, and no real token's embedding is
         texts = [row[: int(row.abs().sum(-1).count_nonzero())].cpu() for row in cond["text"]]
-        prompts, own = [data.prompt(number) for number in numbers], {key: cond[key] for key in data.model.conditions}
+        prompts = [data.prompts[data.row(number)] for number in numbers]
+        own = {key: cond[key] for key in data.model.conditions}
         tensors = {"noise": draws().normal(data.model.latent_shape), "latents": sample(draws(), cond), **own}
         write_shard(paths[first], prompts, texts, settings=solver_settings(args), **tensors)
-        if turn == 0:
-            hours = [(time.perf_counter() - started) * (turns - 1) / 3600]
-            dist.broadcast_object_list(hours)
-            if rank == 0 and hours[0] > 0.05:
-                tqdm.write(f"{count} samples of the teacher go to {folder}: about {hours[0]:.1f} hours")
-            if hours[0] > run.max_hours:
-                raise UserError(f"{count} samples would take {hours[0]:.2g} hours: give clips or pairs, or --max-hours")
     dist.barrier()
     return common.Shards(folder, data.model, run.device, data.seed, keys=("latents", "noise"))
 
@@ -51,8 +43,8 @@ def solver_settings(args):
 def samples_key(data, args):
     """What samples of the teacher depend on: a folder of them is good while this is the same."""
     model = data.model
-    files = [path for part in model.family.parts for path in sorted((model.folder / part).iterdir()) if path.is_file()]
-    where = (model.family.__name__, stamps(files), model.latent_shape, model.negative_prompt, data.prompts)
+    files = stamps(model.folder / part for part in model.family.parts)
+    where = (model.family.__name__, files, model.latent_shape, model.negative_prompt, data.prompts)
     if model.conditions and isinstance(data, common.Shards):  # first frames; their folder's name stands for its images
         where += (data.folder.name, stamps(sorted({path for path, _ in data.rows})))
     return hashed(where, args.num_samples, args.batch_size, data.seed, solver_settings(args))

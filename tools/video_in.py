@@ -8,32 +8,26 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from training.files import UserError, readable
+
 HDR = {16: "PQ, SMPTE 2084", 18: "HLG, ARIB STD-B67"}  # transfer functions by their number in ISO/IEC 23091-2
-
-
-class Unreadable(Exception):
-    """Why a video cannot be used, in one line."""
 
 
 def read_clip(path, frames, height, width, fps):
     """The first frames of a video at `fps`, [3, f, h, w] float32 in [0, 1], scaled to cover and cropped in the middle.
 
-    Each frame is scaled when it is decoded, so that only one clip of the wanted size is held. Unreadable if there are
+    Each frame is scaled when it is decoded, so that only one clip of the wanted size is held. UserError if there are
     too few frames, no times, another size midway, HDR, or an angle that is no multiple of 90 degrees.
     """
     clip, count = torch.empty(3, frames, height, width), 0
-    try:
-        with av.open(str(path)) as container:
-            stream = video_stream(container)
-            for frame, times in nearest_frames(timed_frames(container, stream), frames, fps):
-                picture = fit(frame, stream.sample_aspect_ratio or 1, height, width)
-                clip[:, count : count + times] = picture[:, None]
-                count += times
-    except (OSError, ValueError, av.error.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Unreadable(f"it cannot be decoded: {' '.join(reason.split())}") from None
+    with readable(path), av.open(str(path)) as container:
+        stream = video_stream(container)
+        for frame, times in nearest_frames(timed_frames(container, stream), frames, fps):
+            picture = fit(frame, stream.sample_aspect_ratio or 1, height, width)
+            clip[:, count : count + times] = picture[:, None]
+            count += times
     if count < frames:
-        raise Unreadable(f"it has {count} of {frames} frames at {fps} a second (see --frames)")
+        raise UserError(f"it has {count} of {frames} frames at {fps} a second (see --frames)")
     return clip
 
 
@@ -43,9 +37,9 @@ def video_stream(container):
     for stream in container.streams.video:
         if not stream.disposition & still:
             if stream.codec_context is None:
-                raise Unreadable("there is no decoder for its video")
+                raise UserError("there is no decoder for its video")
             return stream
-    raise Unreadable("it holds a picture but no video" if container.streams.video else "it holds no video")
+    raise UserError("it holds a picture but no video" if container.streams.video else "it holds no video")
 
 
 def timed_frames(container, stream):
@@ -57,13 +51,13 @@ def timed_frames(container, stream):
     for frame in container.decode(stream):
         transfer = {int(frame.color_trc), int(stream.codec_context.color_trc)} & HDR.keys()
         if transfer:
-            raise Unreadable(f"it is HDR ({HDR[transfer.pop()]}), which is not read: convert it to SDR")
+            raise UserError(f"it is HDR ({HDR[transfer.pop()]}), which is not read: convert it to SDR")
         own = (frame.width, frame.height, *display_matrix(frame))
         if kind not in (None, own):
-            raise Unreadable("its size or orientation changes midway")
+            raise UserError("its size or orientation changes midway")
         stamp = frame.dts if frame.pts is None else frame.pts
         if stamp is None or (last is not None and stamp <= last):
-            raise Unreadable("its frames have no timestamps that rise")
+            raise UserError("its frames have no timestamps that rise")
         kind, last = own, stamp
         yield stamp * frame.time_base, frame
 
@@ -109,7 +103,7 @@ def fit(frame, aspect, height, width):
     elif max(abs(a), abs(d)) < 0.01 < min(abs(b), abs(c)):
         picture, shown = picture.mT.flip([dim for dim, sign in ((2, c), (1, b)) if sign < 0]), shown[::-1]
     else:
-        raise Unreadable(f"it is turned by {math.degrees(math.atan2(b, a)):.0f} degrees, no multiple of 90")
+        raise UserError(f"it is turned by {math.degrees(math.atan2(b, a)):.0f} degrees, no multiple of 90")
     scale = max(height / shown[0], width / shown[1])
     size = [max(n, round(scale * old)) for n, old in zip((height, width), shown, strict=True)]
     picture = picture.float() / 255
