@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.proxies import vendi_score
+from training.files import UserError
 from training.media import GAP, LABEL_WIDTH, draw_sheet, write_mp4
 from training.metrics import frame_difference, pairwise_rms, preview_metrics, saturation
 
@@ -110,7 +111,7 @@ def test_mp4_round_trip(tmp_path):
 @pytest.mark.parametrize("video", [torch.zeros(3, 2, 33, 32), torch.full((3, 2, 32, 32), math.nan)])
 def test_mp4_refuses_and_keeps_what_was_there(tmp_path, video):
     (tmp_path / "a.mp4").write_text("old")
-    with pytest.raises((ValueError, av.error.FFmpegError)):
+    with pytest.raises((UserError, av.error.FFmpegError)):
         write_mp4(tmp_path / "a.mp4", video, 8)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.mp4", "old")]
 
