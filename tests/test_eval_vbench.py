@@ -331,12 +331,12 @@ def test_report(tmp_path, monkeypatch, fails):
         return json.loads((student / "results.json").read_text()), (student / "results.md").read_text()
 
     results, text = report()
-    assert results["totals"] == {} and "84.46" not in text, "not VBench's list"
+    assert results["totals"] == {}, "not VBench's list"
     assert results["ours"]["diversity"] == pytest.approx({"mean": 0.2, "prompts": 2, "standard_error": 0.1})
     monkeypatch.setattr(vbench, "is_official", lambda items: True)
     results, text = report(compare=teacher)
     ours, other = (vbench.totals(dict.fromkeys(vbench.DIMENSIONS, raw)) for raw in (0.5, 0.6))
-    assert results["totals"] == ours and "84.46" in text
+    assert results["totals"] == ours
     assert f"| Total, % | {ours['Total']:.2f} | {other['Total']:.2f} |" in text
     assert "diversity | 0.2000 ± 0.1000 (2 prompts) | 0.2000 ± 0.0000 (2 prompts) |" in text
     (teacher / "config.json").write_text(json.dumps({"prompts": [], "samples": 5, "suffix": ".mp4"}))
