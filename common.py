@@ -45,14 +45,15 @@ def init_distributed():
     if dist.is_initialized():
         return local_device()
     joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
+    if 0 < len(joined) < 3:
+        raise UserError(f"of torchrun's environment there is {', '.join(sorted(joined))} alone: start it by torchrun")
     if not joined and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
     device = local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if joined else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    with readable("what torchrun puts into the environment"):
-        # two hours: while one process downloads a teacher or finishes a clip, the others wait
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
+    # two hours: while one process downloads a teacher or finishes a clip, the others wait
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
     return device
 
 
@@ -379,8 +380,8 @@ def load_data(model, prompts, data, cache, device, seed, images=None):
     """Training samples: latent shards from the folder `data`, prompts from the file `prompts` (for image-to-video with
     first frames from the folder `images`), or the tiny world; without any, the prompts that ship with the repository.
     """
-    if data and images:
-        raise UserError("--images goes without --data, whose clips have their first frames")
+    if images and (data or not prompts):
+        raise UserError("--images goes with --prompts, and without --data, whose clips have their first frames")
     if data:
         return Shards(data, model, device, seed, keys=("latents",))
     if model.world and not prompts:

@@ -25,7 +25,7 @@ from models.presets import TINY_WORLD, name_of
 from tiny import measures
 from tiny import world as tiny
 from tiny.samples import TinyWorld
-from training.files import UserError
+from training.files import UserError, written_aside
 from training.finished import load_run, students_of
 from training.flags import one_line_errors, recipe_args
 from training.media import moving_sheet
@@ -146,7 +146,7 @@ def add_to(path, rows):
     """Write rows to a CSV file; in one that is there they replace those of the same teacher, name and seed."""
     before = csv.DictReader(open(path)) if path.exists() else ()
     table = {(row["teacher"], row["name"], str(row["seed"])): row for row in [*before, *rows]}
-    with open(path, "w", newline="") as file:
+    with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())

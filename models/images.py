@@ -16,9 +16,9 @@ def find_images(model, images, count):
     folder with that of line n of a file of prompts as n (1.png, 002.jpg, …).
     """
     if bool(model.conditions) != bool(images):
-        raise UserError(f"{model.name} {'begins with an' if model.conditions else 'takes no'} image: see --images")
+        raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --images")
     if not images or Path(images).is_file():
-        return [images] * count if images else []
+        return [Path(images)] * count if images else []
     paths = [path for path in Path(images).iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]
     lines = [int(path.stem) for path in paths]
     for line in range(1, count + 1):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from models.images import read_images
 from training.files import hashed, stamps, write_shard
@@ -25,8 +26,19 @@ def encoded_prompts(model, prompts, cache, device, images=(), encode=None):
             encode = model.family.text_encoder(model.folder, device)
             read = model.image_encoder(device) if images else None
             if rank == 0:
+                tell_what_is_lost(model.folder / "tokenizer", model.text_length, prompts)
                 encoded_prompts(model, [model.negative_prompt], cache, device, encode=encode)
         texts = [text for i in range(0, len(part), 16) for text in encode(part[i : i + 16])]
         own = read(read_images(images[first : first + chunk], *model.size[1:])) if images else {}
         write_shard(path, part, texts, **own)
     return folder
+
+
+def tell_what_is_lost(folder, length, prompts):
+    """Print how many prompts a text encoder with the tokenizer in a folder, of that length, does not take whole."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = zip(prompts, tokenizer(prompts, verbose=False).input_ids)
+    lost = [prompt for prompt, row in rows if len(row) > length or tokenizer.unk_token_id in row]
+    if lost:
+        why = f"are cut at {length} tokens or have words that the text encoder does not know"
+        print(f"{len(lost)} of {len(prompts)} prompts {why}, the first: {lost[0][:80]!r}")

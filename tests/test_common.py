@@ -112,11 +112,12 @@ def test_a_stamp_is_of_what_a_file_holds_and_not_of_its_place(tmp_path):
     assert found[0] == found[1] and len(set(found)) == 3
 
 
-def test_prompts_are_encoded_once_and_each_as_itself(tmp_path, monkeypatch):
+def test_prompts_are_encoded_once_and_each_as_itself(tmp_path, monkeypatch, capsys):
     """17 of them, as the text encoder reads 16 at a time. Padded with zeros; one is too long."""
     prompts = ["a  blue\tsquare, école", "a red circle " * 20, *(f"{i} red circles" for i in range(15))]
     (path := tmp_path / "prompts.txt").write_text("\n".join(prompt.strip() for prompt in prompts))
     data = common.load_data(MODEL, path, None, tmp_path, CPU, 0)
+    assert "17 of 17 prompts are cut" in capsys.readouterr().out, "also what the text encoder does not know is said"
     stock = WanPipeline.from_pretrained(MODEL.folder).encode_prompt
     text, _ = stock(data.prompts, do_classifier_free_guidance=False, max_sequence_length=MODEL.text_length)
     torch.testing.assert_close(data.cond(range(17))["text"], text[[data.row(i) for i in range(17)]])

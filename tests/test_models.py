@@ -266,6 +266,7 @@ def test_image_to_video_needs_images_and_only_it(folders, tmp_path, fails):
     ):
         args = dataclasses.replace(args_of(dmd2, name, folders, runs_dir=str(tmp_path)), images=images)
         fails(lambda args=args: dmd2.main(args), word)
+    fails(lambda: common.load_data(common.Model("tiny-i2v", 9, 32, 32), None, None, tmp_path, CPU, 0, tmp_path), "--prompts")
 
 
 def test_images_are_read_as_they_are_seen(tmp_path, fails):
@@ -284,6 +285,7 @@ def test_images_are_read_as_they_are_seen(tmp_path, fails):
     assert torch.equal(read_images([second], 24, 40)[0], wide[:, :, :, 40:80])
     to_pil(torch.rand(3, 1, 256, 256)).save(tmp_path / "noise.png")
     assert read_images([tmp_path / "noise.png"], 64, 64).std() < 0.15, "pixels are averaged, not picked: those have .29"
+    assert find_images(model, str(first), 2) == [first] * 2  # a file is for all
     for path in others:
         fails(lambda path=path: read_images([path], 32, 32), str(path))
     fails(lambda: find_images(model, tmp_path, 5), "5")

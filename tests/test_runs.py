@@ -500,12 +500,14 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch, fails):
             assert common.local_device() == torch.device("cuda", own)
 
 
-def test_a_restarted_launch_goes_on_with_the_run_of_its_flags(tmp_path, monkeypatch):
-    own = small_args(dmd2, runs_dir=tmp_path)
-    ours, _ = (
-        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **json.loads(json.dumps(asdict(args))), script="dmd2")
-        for i, args in enumerate((own, replace(own, lr=1.0)))
+def test_a_restarted_launch_goes_on_with_its_own_run(tmp_path, monkeypatch):
+    """Not with an older one of the same flags, nor with what --resume named."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
+    before, ours, others = (
+        old_run(tmp_path / f"dmd2__tiny__0__{i}", i, **asdict(small_args(dmd2)), script="dmd2") for i in (1, 2, 3)
     )
-    for count, checkpoint in (("0", None), ("1", ours)):
+    (ours.parents[1] / "launch.txt").write_text(f"launch {os.getppid()}")
+    (others.parents[1] / "launch.txt").write_text("another")
+    for count, resume, checkpoint in (("0", before, before), ("0", None, None), ("1", before, ours), ("1", None, ours)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert Run(dmd2.__file__, own, CPU).checkpoint == checkpoint
+        assert Run(dmd2.__file__, small_args(dmd2, runs_dir=tmp_path, resume=resume), CPU).checkpoint == checkpoint

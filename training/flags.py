@@ -9,6 +9,7 @@ import sys
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import field, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -174,8 +175,8 @@ def parse_args(Args):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     known, others = scan.parse_known_args()
     given = {name: value for name, value in vars(known).items() if value is not None}
-    for word in others:
-        if word in PRESETS:
+    for before, word in pairwise(["", *others]):
+        if word in PRESETS and not before.startswith("-"):
             raise UserError(f"did you mean --teacher {word}?")
         if re.fullmatch(r"[\d.]+(,[\d.]+)+", word):
             raise UserError(f"did you mean {word.replace(',', ' ')}?")

@@ -62,7 +62,7 @@ def check(path, teacher):
     if len(files) == 1 and one_expert(teacher):
         path = files[0]
     if path.is_file():
-        opened(path, teacher)
+        read_student(path, teacher)
     return path
 
 
@@ -70,7 +70,7 @@ def load(path, networks, teacher, strength):
     """Fill the student, and the fake score if there is one that fits, from a file; returns their names. strength: what
     a LoRA is multiplied with, beside its own alpha / rank.
     """
-    (kind, student, critic), first = opened(path, teacher), dist.get_rank() == 0
+    (kind, student, critic), first = read_student(path, teacher), dist.get_rank() == 0
     if kind == "LoRA" and first:
         folder = teacher_folder(teacher) / "transformer"
         state = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -89,7 +89,7 @@ def load(path, networks, teacher, strength):
     return set(weights)
 
 
-def opened(path, teacher):
+def read_student(path, teacher):
     """(kind, student, fake score) of a file: weights by diffusers' names, a LoRA's by its own; {} for a fake score that
     is not there or does not fit. UserError unless the student fits.
     """

@@ -57,14 +57,11 @@ class Run:
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
         self.writer, self.wandb, self.bar, self.lock = None, None, None, None
         self.signal, self.handlers, self.started = 0, {}, time.perf_counter()
+        args = replace(args, resume=self.restarted(args) or args.resume)
         if args.init and not args.resume:
             self.init = find_init(args.runs_dir, args.student or args.teacher, args.init, args.subject)
             args = replace(args, init=str(self.init))
         self.args, lines = json.loads(json.dumps({"script": self.script.stem, **asdict(args)}, default=str)), ()
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not args.resume:  # then by torchrun
-            runs = runs_of(args.runs_dir, *self.which)
-            begun = [str(run) for run in runs if flags_of(run) == self.args and latest_checkpoint(run)]
-            args = replace(args, resume=begun[-1] if begun else None)
         if args.resume:
             self.checkpoint = find_checkpoint(args.runs_dir, *self.which, args.resume)
             record = read_json(self.checkpoint / "checkpoint.json")  # which is written last
@@ -79,6 +76,15 @@ class Run:
         self.folder = None  # until it is open
         check_shared(Path(args.runs_dir))
         self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
+
+    def restarted(self, args):
+        """After a restart by torchrun: the run that this launch began, if it has a checkpoint."""
+        self.launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"  # of rank 0's machine
+        ours = lambda run: (run / "launch.txt").is_file() and (run / "launch.txt").read_text() == self.launch
+        begun = [str(run) for run in runs_of(args.runs_dir, *self.which) if ours(run) and latest_checkpoint(run)]
+        found = [begun[-1] if begun else None]
+        dist.broadcast_object_list(found)
+        return found[0] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
 
     def say(self, line):
         """Print a line once, above the progress bar."""
@@ -99,6 +105,8 @@ class Run:
             self.folder = self.checkpoint.parents[1]
         found = [self.open_folder() if self.rank == 0 else None]
         dist.broadcast_object_list(found)
+        if not found[0]:
+            raise UserError(f"another process trains in {self.folder}: wait until it has ended")
         self.folder = found[0]
         if self.rank == 0:
             self.describe()
@@ -112,7 +120,7 @@ class Run:
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
     def open_folder(self):
-        """The run's folder, made for a new run; UserError if another process trains in it."""
+        """The run's folder, made for a new run; None if another process trains in it."""
         new = Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}"
         folder = self.folder or new
         for part in ("checkpoints", "previews"):
@@ -121,7 +129,7 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process trains in {folder}: wait until it has ended") from None
+            return None
         for leftover in folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
         return folder
@@ -144,6 +152,7 @@ class Run:
         words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
         known = shutil.which("git") and subprocess.run(words, capture_output=True, text=True).stdout
         (self.folder / "revision.txt").write_text(known or "unknown\n")
+        (self.folder / "launch.txt").write_text(self.launch)
         shutil.copy(self.script, self.folder)
         print(f"run folder: {self.folder}   watch it: tensorboard --logdir {self.folder.parent}")
 
@@ -161,10 +170,10 @@ class Run:
         the clock of time/step begins here, and the progress bar."""
         if self.rank == 0:
             self.bar = self.bar or tqdm(initial=self.step, total=self.args["steps"], unit="step", dynamic_ncols=True)
-        flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        asked = torch.tensor(self.signal)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self.started = time.perf_counter()
-        return int(flag)
+        return int(asked)
 
     def save(self, step, networks, optimizers, students):
         """Write checkpoints/step_<step>/ aside, then rename it: the folder is there whole or not at all.
@@ -186,6 +195,7 @@ class Run:
                     (aside / name).write_text(json.dumps(values, indent=2) + "\n")
                 os.replace(aside, final)
         except MISTAKES as error:  # a full disk, for one
+            self.close()
             shutil.rmtree(aside, ignore_errors=True)
             last = latest_checkpoint(self.folder)
             raise UserError(f"cannot write {final}: {one_line(error)}; the last checkpoint is {last}") from None
