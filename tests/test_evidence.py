@@ -121,7 +121,9 @@ def test_a_variants_run_keeps_its_source_and_is_found_again(tmp_path):
 def test_a_hunted_bug_shows_in_a_curve(tmp_path, monkeypatch):
     """Beside the healthy script on one process. Bug 6 has no curve: its ranks wait for each other in vain."""
     monkeypatch.setattr(hunt, "OUT", tmp_path / "runs")
-    monkeypatch.setattr(hunt, "FLAGS", "--steps 4 --student-every 1 --gan-weight 0 --ema-decay 0 --preview-every 0")
+    flags = "--steps 4 --student-every 1 --gan-weight 0 --ema-decay 0"
+    flags += " --preview-every 4 --preview-prompts 1 --preview-seeds 2 --teacher-steps 1"
+    monkeypatch.setattr(hunt, "FLAGS", flags)
     started, said = subprocess.call, tmp_path / "said"
 
     def call(words, cwd):  # without their imports, but for those of torchrun

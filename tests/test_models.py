@@ -266,7 +266,8 @@ def test_image_to_video_needs_images_and_only_it(folders, tmp_path, fails):
     ):
         args = dataclasses.replace(args_of(dmd2, name, folders, runs_dir=str(tmp_path)), images=images)
         fails(lambda args=args: dmd2.main(args), word)
-    fails(lambda: common.load_data(common.Model("tiny-i2v", 9, 32, 32), None, None, tmp_path, CPU, 0, tmp_path), "--prompts")
+    tiny = common.Model("tiny-i2v", 9, 32, 32)
+    fails(lambda: common.load_data(tiny, None, None, tmp_path, CPU, 0, images=tmp_path), "--prompts")
 
 
 def test_images_are_read_as_they_are_seen(tmp_path, fails):
