@@ -22,6 +22,11 @@ def test_every_test_that_a_derivation_names_is_there():
     assert len(named) > 9
 
 
+def test_the_line_of_dfd_is_on_its_page():
+    (line,) = (line for line in (ROOT / "docs" / "dfd.md").read_text().splitlines() if line.endswith("# eq. 9"))
+    assert f"{line.strip()}\n" in (ROOT / "dfd.py").read_text()
+
+
 def test_every_program_of_the_course_is_there():
     for path in re.findall(r"python (\S+\.py)", (ROOT / "docs" / "course.md").read_text()):
         assert (ROOT / path).is_file(), path
