@@ -48,7 +48,7 @@ def write_pages(folder):
             (folder / f"{path}.md").write_text(code)
         elif path.suffix == ".md":
             (folder / path).write_text(CODE_LINK.sub(r"\1.md)", (ROOT / path).read_text()))
-        elif path.suffix in (".png", ".webp", ".css", ".js"):
+        elif path.suffix in (".png", ".webp", ".css", ".js", ".csv"):
             shutil.copy(ROOT / path, folder / path)
     for a, b in PAIRS:
         (folder / "docs" / f"{a}-{b}.md").write_text(pair_page(a, b))

@@ -199,7 +199,7 @@ def main(args):
 
     # relations are compared with the teacher's, of other noise than that of the rows
     plans = [(steps, first.guidance_scale) for steps in args.teacher_steps]
-    taught = relations(sample(euler(*plans[0]), 10**6)) if plans else ()
+    taught = relations(sample(euler(*plans[0]), 10**6)) if plans and not args.card else ()
     here = {
         "teacher": first.teacher,
         "per_caption": args.seeds,
@@ -209,7 +209,7 @@ def main(args):
     def add(name, run, seed, latents, clips=None, commit="", command=""):
         whole = by_caption(decode(vae, latents) if clips is None else clips)
         own, clips = relations(latents[:, :, -shape[1] :]), whole[:, :, :, -tiny.FRAMES :]
-        related = dict(zip(("frames", "samples"), map(kl, taught, own) if plans else (float("nan"),) * 2))
+        related = dict(zip(("frames", "samples"), map(kl, taught, own) if taught else (float("nan"),) * 2))
         figures = measure(clips, reference) | related | drift(whole)
         about = {"name": name, "seed": seed, "run": run, "commit": commit, "command": command} | here
         rows.append(about | {key: f"{value:.6g}" for key, value in figures.items()})
@@ -223,7 +223,7 @@ def main(args):
             images_of = enumerate(tiny.EXAMPLES, 10**9)
             clips = torch.cat([tiny.continuations(1, i, caption, args.seeds, seed) for i, caption in images_of])
         add("data", "", seed, torch.cat([encode(vae, part) for part in clips.split(48)]), clips)
-    for steps, guidance in dict.fromkeys([*plans, *((steps, 1.0) for steps in args.teacher_steps[:1])]):
+    for steps, guidance in dict.fromkeys([*plans, *((steps, 1.0) for steps in args.teacher_steps[: not args.card])]):
         for seed in range(args.repeats):
             add(f"teacher, {steps} steps, guidance {guidance:g}", "", seed, sample(euler(steps, guidance), seed))
     for name, folder, (script, run_args, checkpoint) in runs:

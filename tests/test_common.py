@@ -132,6 +132,8 @@ def test_a_list_of_prompts(tmp_path, fails):
     for name, text in (("a.txt", ""), ("a.txt", "x\n\ny\n"), ("a.csv", "x;y\n"), ("a.txt", '{"prompt": "x"}\n')):
         (tmp_path / name).write_text(text)
         fails(lambda name=name: read_prompts(tmp_path / name), str(tmp_path / name))
+    (tmp_path / "a.txt").write_bytes("é".encode("latin1"))
+    fails(lambda: read_prompts(tmp_path / "a.txt"), "a.txt", "utf-8")
 
 
 def test_pairs_are_the_teachers_own_and_kept(tmp_path, monkeypatch):

@@ -421,7 +421,8 @@ def test_a_start_hands_on_its_levels_guidance_size_and_frame_block(tmp_path, mon
 
 @pytest.mark.parametrize(
     ("flag", "before", "now"),
-    [("lora_rank", 0, 4), ("fake_lora_rank", 2, 0), ("ema_decay", 0.0, 0.9), ("gan_weight", 0.0, 0.1)],
+    [("lora_rank", 0, 4), ("fake_lora_rank", 2, 0), ("ema_decay", 0.0, 0.9), ("gan_weight", 0.0, 0.1)]
+    + [("ema_decay", 0.9, 0.0), ("frame_block", 0, 1), ("teacher", "tiny", "tiny-small")],
 )
 def test_resume_with_other_networks_is_one_line(tmp_path, fails, flag, before, now):
     old_run(tmp_path, 1, **asdict(small_args(dmd2, **{flag: before})), script="dmd2")

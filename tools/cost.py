@@ -365,6 +365,8 @@ def main():
     parser.add_argument("--gpus", type=int, default=8, help="GPUs to plan for")
     parser.add_argument("--measure", type=int, help="steps to measure here, at least 2")
     own, sys.argv[1:] = parser.parse_known_args()
+    if own.gpus < 1:
+        parser.error("--gpus must be 1 or more")
     common.init_distributed()
     script = import_module(own.script)
     args = parse_args(script.Args)

@@ -15,7 +15,6 @@ or with more clips: it encodes those that no shard holds yet.
 import csv
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from annotated_types import Ge
+from pydantic.dataclasses import dataclass
 
 import common
 import dmd2

@@ -9,7 +9,7 @@ noise that it has in the run's previews; what it takes to get their very bits is
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from annotated_types import Ge
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 import common

@@ -71,7 +71,7 @@ def find_init(runs_dir, teacher, init, subject=None):
     runs = [run for run in runs_of(runs_dir, init, subject or teacher) if latest_checkpoint(run) and last(run).is_dir()]
     if not runs:
         where = f"{runs_dir}/{run_name(init, subject or teacher)}*"
-        raise UserError(f"--init: no such file or folder, nor a finished run {where}; --init None: from the teacher")
+        raise UserError(f"--init: no such file or folder, nor a finished run {where}: train it first")
     return max(runs, key=lambda run: last(run).stat().st_mtime)
 
 

@@ -48,7 +48,9 @@ def read_json(path):
 
 def read_prompts(path):
     """Prompts of a UTF-8 text file (with or without a byte order mark), one per line."""
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
+    with readable(path):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    prompts = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in prompts:
         raise UserError(f"{path}: line {prompts.index('') + 1} is an empty prompt")
     if Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl") or prompts[0].startswith("{"):

@@ -97,7 +97,7 @@ class RunArgs:
     preview_prompts: PositiveInt = 4
     """Prompts in a preview: the first ones of the data."""
     preview_seeds: PositiveInt = 4
-    """Samples of each prompt in a preview; contact sheet and mp4s show the first four."""
+    """Samples of each prompt in a preview; there are mp4s of the first four, and the sheet shows two."""
     teacher_steps: PositiveInt = 50
     """Euler steps of the teacher's samples: those that previews are compared with, and clips that it makes."""
     num_samples: PositiveInt = 1024
@@ -180,6 +180,8 @@ def parse_args(Args):
             raise UserError(f"did you mean --teacher {word}?")
         if re.fullmatch(r"[\d.]+(,[\d.]+)+", word):
             raise UserError(f"did you mean {word.replace(',', ' ')}?")
+    if "resume" in given and "init" in given:
+        raise UserError("--resume goes on in a run, --init starts one: give one of them")
     own = {name: given[name] for name in ("teacher", "student", "data", "prompts") if name in given}
     args = recipe_args(Args, **own)
     place, init = given.get("runs_dir", args.runs_dir), given.get("init", args.init)

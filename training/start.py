@@ -1,5 +1,7 @@
 """What a run takes over from the one that it starts from (--init) or goes on with (--resume), and what must stay."""
 
+from pathlib import Path
+
 from training.files import UserError, read_json
 
 SIZE, LEVELS = {"frames", "height", "width"}, {"student_sigmas", "shift", "guidance_scale", "frame_block"}
@@ -43,8 +45,10 @@ def check_resumed(run, step, flags):
         raise UserError(f"--resume: {run} is no run of {flags['script']}.py; to start from its weights, --init it")
     if step > flags["steps"]:
         raise UserError(f"--steps {flags['steps']} is over: {run} has {step} steps")
-    fixed = ["student", "lora_rank", "fake_lora_rank"]  # what networks there are
+    fixed = ["student", "lora_rank", "fake_lora_rank", "frame_block"]  # what networks there are
     fixed += [name for name in ("ema_decay", "gan_weight") if not before.get(name)]
+    fixed += [] if flags.get("ema_decay") else ["ema_decay"]
+    fixed += [] if Path(before["teacher"]).name == Path(flags["teacher"]).name else ["teacher"]  # it may have moved
     fixed += ["steps", "phase_ends"] if "phase_ends" in before else []  # they say which expert is trained when
     for name in fixed:
         if name in before and flags[name] != before[name]:
