@@ -94,7 +94,7 @@ def test_a_run_is_known_by_its_record_not_by_its_name(tmp_path, fails):
     assert same(average.transformer.state_dict(), exported)
     for mean, own, start in zip(average.parameters(), raw.parameters(), teacher.parameters()):
         assert torch.allclose(mean, (own + start) / 2, atol=1e-6), "the average went half the way"
-    fails(lambda: load_run(tmp_path), "args.json")
+    fails(lambda: load_run(tmp_path), "no run")
 
 
 # -------------------------------------------------------------------------------------------------- variants and runs
@@ -180,4 +180,5 @@ def test_every_run_of_the_evidence_is_a_command_of_today_and_stands_after_its_st
 def test_the_pages_tables_are_those_of_the_csv():
     page, path = (ROOT / "docs" / "evidence.md").read_text().splitlines(), ROOT / "experiments" / "evidence.csv"
     assert len({line["per_caption"] for line in csv.DictReader(open(path))}) == 1  # else looks do not compare
-    assert set(evidence_runs.table_in(path, "dfd")) <= set(page)
+    for table in ("spaces", "phased_dmd"):
+        assert set(evidence_runs.table_in(path, table)) <= set(page), table

@@ -26,8 +26,8 @@ BARS = {  # of each room: lines and tokens at most
     "tiny": (770, 6850), "tools": (1180, 9800), "experiments": (1010, 9700), "evaluation": (515, 4100),
     "docs": (200, 1700), "tests": (6250, 65000),
 }  # fmt: skip
-LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 400, "training": 265, "tests": 600}
-REACHED = 1880  # issue 34 asked for 1,700
+LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 400, "training": 270, "tests": 600}
+REACHED = 1885  # issue 34 asked for 1,700
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
 
 
