@@ -44,9 +44,10 @@ def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns this process's device."""
     if dist.is_initialized():
         return local_device()
-    joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
-    if 0 < len(joined) < 3:
-        raise UserError(f"of torchrun's environment there is {', '.join(sorted(joined))} alone: start it by torchrun")
+    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} - os.environ.keys()
+    joined = len(missing) < 3
+    if joined and missing:
+        raise UserError(f"{', '.join(sorted(missing))} missing in the environment: start it by torchrun")
     if not joined and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
     device = local_device()

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 # what the entry point (training/flags.py) prints in one line, without a traceback
-MISTAKES = (UserError, OSError, SafetensorError, CheckpointException, ValidationError)
+MISTAKES = (UserError, OSError, ModuleNotFoundError, SafetensorError, CheckpointException, ValidationError)
 
 
 def one_line(error):

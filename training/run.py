@@ -11,7 +11,6 @@ import time
 from dataclasses import asdict, replace
 from datetime import datetime
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -53,8 +52,8 @@ class Run:
                 raise UserError(f"--{name}: no such file or folder {path}")
         if device.type == "cpu" and not args.cpu and needs_gpu(args.teacher):
             raise UserError(f"{args.teacher} would train on the CPU, as no GPU is visible: see to that, or give --cpu")
-        if args.track and not find_spec("wandb"):
-            raise UserError("--track: Weights & Biases is not installed: pip install wandb")
+        if args.track:  # if it is not there, before anything slow
+            import_module("wandb")
         self.script, self.device, self.rank = Path(script), device, dist.get_rank()
         self.cache, self.which = Path(args.runs_dir) / "cache", (self.script.stem, args.subject, args.seed)
         self.init, self.checkpoint, self.step, self.world = None, None, 0, dist.get_world_size()
