@@ -103,6 +103,11 @@ def test_kept_frames_are_the_last_ones():
     assert tokens == [3 * 4] * 3 and not torch.equal(every, third(0, noisy[:, :, 8:])[0])
     few, tokens = third(1, clean[:, :, :1])
     assert tokens == [4] * 3 and not torch.equal(few, every)
+    network = causal(2, torch.float64)
+    network.kept_frames = 3
+    for x0 in network.chunks(clean[:, :, :6]):
+        network.update_cache(x0, COND)
+    assert [sum(key.shape[1] for key, _ in blocks) for blocks in network.transformer.rope.past] == [4 * 4] * 3, "whole"
     shifted = []
     for start in (0, 5):
         network = causal(1, torch.float64)

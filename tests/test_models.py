@@ -295,19 +295,24 @@ def test_images_are_read_as_they_are_seen(tmp_path, fails):
 
 
 def test_samples_of_the_teacher_are_those_of_their_first_frames_and_task(folders, tmp_path):
-    """What is cached for some images is not found for others, nor by the text-to-video of the same weights."""
+    """What is cached for some images is not found for others, nor by the text-to-video of the same weights. Images are
+    read 16 at a time, and each goes with its own prompt.
+    """
     keys, prompts = [], tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
+    prompts.write_text("\n".join(["a red circle"] * 17))
     for name, colour in (("wan_5b_i2v", 0.0), ("wan_5b_i2v", 1.0), ("wan_5b", None)):
         model, images = model_of(name, folders), None
         if colour is not None:
             images = tmp_path / f"images_{colour}"
             images.mkdir()
-            for line in range(1, 4):
-                to_pil(torch.full((3, 1, 64, 64), colour)).save(images / f"{line}.png")
+            for line in range(1, 18):
+                to_pil(torch.full((3, 1, 64, 64), colour / line)).save(images / f"{line}.png")
         for _ in range(2):
             data = common.load_data(model, prompts, None, tmp_path / "cache", CPU, 0, images)
             keys.append(samples_key(data, small_args(dmd2)))
+        if colour:
+            first, last = (data.cond_of([row])["first"] for row in (0, 16))
+            assert not torch.equal(first, last)
     assert keys[0::2] == keys[1::2] and len(set(keys)) == 3
 
 
