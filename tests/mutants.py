@@ -1,6 +1,6 @@
 """Break one line of the code at a time and see that a test fails.
 
-    python tests/mutants.py                   # all of them, two at a time: some 15 minutes on two cores
+    python tests/mutants.py                   # all of them, two at a time: some 20 minutes on two cores
     python tests/mutants.py --count 10        # ten of them, others every day: what make test-all runs
     python tests/mutants.py --only codmd.py
 
