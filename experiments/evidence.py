@@ -66,7 +66,7 @@ class Args:
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
     card: bool = False
-    """A report card: few figures, each a row, a column per run, and what is healthy for a short run of DMD2 and DFD."""
+    """A report card: few figures, each a row, a column per run, and last what is healthy after `make demo`."""
     out: Path = Path("runs/evidence")
     """Folder for table.md, figures.csv (a line for each run) and clips.webp (moving clips of two captions)."""
     csv: Path | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from models.presets import PRESETS, TINY_WORLD, family_name
-from training.files import FLOATS, UserError, opened, read_json
+from training.files import FLOATS, UserError, opened, read_json, readable
 
 WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
@@ -48,7 +48,8 @@ def teacher_folder(teacher):
         patterns = [f"{part}/*" for part in (*WEIGHTS, "tokenizer", "image_processor")]
         patterns += ["model_index.json", "README.md"]
         # the Hub's client locks, so that one process of a machine downloads
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        with readable(f"{repository} on the Hub (without a network give its folder)"):
+            folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     for part, cls in (("transformer", family.transformer_class), ("vae", family.vae_class)):

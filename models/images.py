@@ -16,7 +16,8 @@ def find_images(model, images, count):
     folder with that of line n of a file of prompts as n (1.png, 002.jpg, …).
     """
     if bool(model.conditions) != bool(images):
-        raise UserError(f"{model.name} {'begins with an image: give' if model.conditions else 'takes no'} --images")
+        what = "begins with an image: give" if model.conditions else "takes no"
+        raise UserError(f"{model.name} {what} --images (sample.py: --image)")
     if not images or Path(images).is_file():
         return [Path(images)] * count if images else []
     paths = [path for path in Path(images).iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]

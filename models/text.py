@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from models.images import read_images
 from training.files import hashed, stamps, write_shard
@@ -36,6 +35,8 @@ def encoded_prompts(model, prompts, cache, device, images=(), encode=None):
 
 def tell_what_is_lost(folder, length, prompts):
     """Print how many prompts a text encoder with the tokenizer in a folder, of that length, does not take whole."""
+    from transformers import AutoTokenizer  # --help need not wait for it
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = zip(prompts, tokenizer(prompts, verbose=False).input_ids)
     lost = [prompt for prompt, row in rows if len(row) > length or tokenizer.unk_token_id in row]

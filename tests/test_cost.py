@@ -46,11 +46,13 @@ REHEARSED = [  # GiB per GPU of runs on tensors without content, at commit 2d519
     ("wan2.2-a14b", 2, dmd2, 8, {"gan_weight": 0.0}, 26.3),
     ("wan2.2-5b-i2v", 2, codmd, 8, {}, 15.0),
     *(
-        pytest.param("wan2.1-1.3b", 0, dmd2, gpus, flags, gib, marks=pytest.mark.slow)
-        for gpus, flags, gib in (
-            (8, {"gan_weight": 3e-3}, 18.0),
-            (1, {"lora_rank": 64, "fake_lora_rank": 64, "gan_weight": 3e-3}, 16.8),
-            (1, {"frame_block": 3, "gan_weight": 0.0}, 57.1),
+        pytest.param(teacher, 0, dmd2, gpus, flags, gib, marks=pytest.mark.slow)
+        for teacher, gpus, flags, gib in (
+            ("wan2.1-1.3b", 8, {"gan_weight": 3e-3}, 18.0),
+            ("wan2.1-1.3b", 1, {"gan_weight": 0.0}, 52.3),
+            ("wan2.1-1.3b", 1, {"lora_rank": 64, "fake_lora_rank": 64, "gan_weight": 3e-3}, 16.8),
+            ("wan2.1-1.3b", 1, {"frame_block": 3, "gan_weight": 0.0}, 57.1),
+            ("wan2.1-14b", 8, {"gan_weight": 3e-3}, 104),
         )
     ),
 ]

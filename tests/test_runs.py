@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -512,3 +514,21 @@ def test_a_restarted_launch_goes_on_with_its_own_run(tmp_path, monkeypatch):
     for count, resume, checkpoint in (("0", before, before), ("0", None, None), ("1", before, ours), ("1", None, ours)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         assert Run(dmd2.__file__, small_args(dmd2, runs_dir=tmp_path, resume=resume), CPU).checkpoint == checkpoint
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_goes_on_from_the_newest_checkpoint(tmp_path):
+    words = "-m torch.distributed.run --standalone --nproc_per_node=1 --max-restarts=1 dmd2.py --gan-weight 0"
+    words += " --batch-size 1 --preview-every 0 --steps 400 --save-every 5 --keep 0 --student-every 1 --runs-dir"
+    launch = subprocess.Popen([sys.executable, *words.split(), str(tmp_path)], cwd=ROOT)
+    worker = lambda: Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()[0]
+    found = lambda: len([*tmp_path.glob("*/checkpoints/step_*[05]")])
+    while launch.poll() is None and found() < 2:
+        time.sleep(0.2)
+    before = found()
+    os.kill(int(worker()), signal.SIGKILL)
+    while launch.poll() is None and found() < before + 2:
+        time.sleep(0.2)
+    os.kill(launch.pid, signal.SIGTERM)
+    launch.wait()
+    assert len([*tmp_path.glob("dmd2__*")]) == 1 and found() >= before + 2

@@ -370,7 +370,7 @@ def main():
     common.init_distributed()
     script = import_module(own.script)
     args = parse_args(script.Args)
-    described(*size_of(args))
+    described(*size_of(args))  # an unknown teacher ends here
     print(f"counting what a step of {own.script}.py runs: half a minute", file=sys.stderr)
     measure(script, args, own.measure) if own.measure else tell(script, args, own.gpus)
     dist.destroy_process_group()
