@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY = passive
 	@echo "installing PyTorch, diffusers and what they need into .venv, once: minutes, 1.8 GB, with CUDA 5.2 GB"
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-compile --requirement requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@echo "compiling them, half a minute"
+	@echo "compiling them, a minute"
 	@# byte-compile on all cores, where pip would use one; a few packages ship files that are no valid Python
 	-@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 	touch $@

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"training.files"},
 }
 BARS = {  # of each room: lines and tokens at most
-    "scripts": (1500, 12500), "common": (400, 3000), "models": (1045, 7600), "training": (1520, 11800),
+    "scripts": (1500, 12500), "common": (400, 3000), "models": (1045, 7600), "training": (1530, 11900),
     "tiny": (770, 6850), "tools": (1180, 9800), "experiments": (1010, 9700), "evaluation": (515, 4100),
     "docs": (200, 1700), "tests": (6250, 65000),
 }  # fmt: skip

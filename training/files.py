@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the error that ends in one line. Imports nothing of this repository."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ class UserError(Exception):
 
 # what the entry point (training/flags.py) prints in one line, without a traceback
 MISTAKES = (UserError, OSError, ModuleNotFoundError, SafetensorError, CheckpointException, ValidationError)
+MISTAKES += (argparse.ArgumentError,)
 
 
 def one_line(error):

@@ -1,13 +1,16 @@
 """The run's own flags, which every script's `Args` inherits, their bounds, and the command line."""
 
 import argparse
+import io
+import json
 import os
 import re
 import shutil
 import signal
 import sys
 import textwrap
-from contextlib import contextmanager, suppress
+import time
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import field, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,7 +173,7 @@ def parse_args(Args):
     """Command line -> Args. A flag beats what is taken from the run at --init, which beats the teacher's recipe, which
     beats the defaults of Args. For --resume, the args of that run stand in for all of these.
     """
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("teacher", "student", "seed", "runs-dir", "resume", "init", "data", "prompts"):
         scan.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     known, others = scan.parse_known_args()
@@ -200,7 +203,13 @@ def parse_args(Args):
     # tyro joins lines that begin with a letter
     wide = {"width": shutil.get_terminal_size().columns, "initial_indent": " ", "subsequent_indent": " "}
     parts = (part if part.startswith(" ") else textwrap.fill(part, **wide) for part in about.split("\n\n"))
-    flags = vars(tyro.cli(grouped(args), description="\n\n".join(parts)))
+    try:
+        with redirect_stderr(io.StringIO()) as box:
+            flags = vars(tyro.cli(grouped(args), description="\n\n".join(parts)))
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(" ".join(re.sub("^.*\n|[│─╭╮╰╯]", "", box.getvalue()).split())) from None  # without its frame
     return Args(**{name: value for group in flags.values() for name, value in vars(group).items()})
 
 
@@ -225,16 +234,14 @@ def one_line_errors():
     try:
         yield
     except MISTAKES as error:
-        raise SystemExit(f"error: {one_line(error)}" if first_to_fail() else 1) from None
-
-
-def first_to_fail():
-    """Whether no other process of this machine has printed its error: torchrun ends all when the first one fails."""
-    with suppress(FileExistsError):
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # in torchrun's own folder of this attempt
-            Path(file).parents[1].joinpath("printed").touch(exist_ok=False)
-        return True
-    return False
+        line = f"error: {one_line(error)}"
+        if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+            raise SystemExit(line) from None
+        with suppress(FileExistsError):  # of the first process that fails: torchrun shows it below all else
+            Path(file).parents[1].joinpath("told").touch(exist_ok=False)
+            shown = {"py_callstack": line, "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": shown}}))
+        raise SystemExit(1) from None
 
 
 def launch(main, Args):

@@ -75,7 +75,9 @@ class Run:
             self.say(line)
         if vars(args).get("gan_weight") == 0 < type(args).gan_weight and not args.has_clips:
             self.say("no --data, so no discriminator: clips that the teacher makes cannot correct it")
-        self.folder = None  # until it is open
+        self.folder = None  # of a new run until it is open
+        if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
+            self.take(self.checkpoint.parents[1])
         check_shared(Path(args.runs_dir))
         self.say(f"loading {args.teacher}, prompts and data: minutes, if they are large")
 
@@ -102,14 +104,9 @@ class Run:
             load_init(self.init, networks, self.args)
 
     def open(self):
-        """Make the run's folder, or go on in that of the checkpoint if it is the last one there; catch signals."""
-        if self.checkpoint and latest_checkpoint(self.checkpoint.parents[1]) == self.checkpoint:
-            self.folder = self.checkpoint.parents[1]
-        found = [self.open_folder() if self.rank == 0 else None]
-        dist.broadcast_object_list(found)
-        if not found[0]:
-            raise UserError(f"another process trains in {self.folder}: wait until it has ended")
-        self.folder = found[0]
+        """Make the folder of a new run, clean up in that of one that goes on; catch signals."""
+        if not self.folder:
+            self.take(Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}")
         if self.rank == 0:
             self.describe()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
@@ -121,23 +118,27 @@ class Run:
         # under nohup a hang-up is ignored, and stays so
         self.handlers = {s: signal.signal(s, self.on_signal) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
 
-    def open_folder(self):
-        """The run's folder, made for a new run; None if another process trains in it."""
-        new = Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}"
-        folder = self.folder or new
-        for part in ("checkpoints", "previews"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        for leftover in folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
-        return folder
+    def take(self, folder):
+        """Go on in this folder, or rank 0's; nobody else may train there until this run ends."""
+        found = [folder]
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = [None]
+        dist.broadcast_object_list(found)
+        self.folder = found[0]
+        if not self.folder:
+            raise UserError(f"another process trains in {folder}: wait until it has ended")
 
     def describe(self):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
+        for part in ("checkpoints", "previews"):
+            (self.folder / part).mkdir(exist_ok=True)
+        for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
         before = flags_of(self.checkpoint.parents[1]) if self.checkpoint else self.args
         if self.checkpoint:
             print(f"going on from {self.checkpoint}")
