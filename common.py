@@ -52,9 +52,11 @@ def init_distributed():
         raise UserError("srun starts this several times, each alone: let it start a torchrun (docs/cluster.md)")
     device = local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    alone = {} if joined else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # two hours: while one process downloads a teacher or finishes a clip, the others wait
-    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
+    wait = timedelta(hours=2)  # while one process downloads a teacher or finishes a clip, the others wait
+    store, rank, world = next(dist.rendezvous("env://", timeout=wait)) if joined else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a restarted process may find those before it (pytorch 135712)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
     return device
 
 

@@ -70,10 +70,12 @@ RUNS = {
     "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
+    "one_network": ("Phased DMD, one network", f"{VARIANT} one_network --steps 500"),
     "phased_disjoint": ("disjoint score times", f"{VARIANT} disjoint_sigmas --steps 500"),
     "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
     "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
     "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
+    "fake_score_often": ("fake score 1 : 10", f"{DMD2} --steps 1000 --student-every 10"),
     "lr_high": ("rates x 10", f"{DMD2} --steps 500 --lr 1e-2 --fake-score-lr 1e-2"),
     "i2v": ("DMD2", f"{DMD2} {I2V} --steps 500"),
     "i2v_dfd": ("+ DFD", f"dfd.py {I2V} --init i2v --steps 50 {OFTEN}"),
@@ -86,18 +88,19 @@ RUNS = {
 # name: its runs
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
-    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_simulate dfd_x3 dfd_x10",
-    "spaces": "dmd2 dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
+    "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
+    "longer": "dfd_simulate dfd_x3 dfd_x10",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
-    "phased_dmd": "dmd2 euler experts dpdmd ddmd vanilla phased_dmd phased_disjoint phased_4 phased_naive",
+    "phased_dmd": "dmd2 euler experts one_network phased_dmd phased_disjoint dpdmd ddmd vanilla phased_4 phased_naive",
+    "excess": "untrained dmd2 fake_score_rare fake_score_often guidance_1 guidance_8",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
     "broken": "dmd2 fake_score_rare lr_high guidance_8",  # of curves.md
 }
 # name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
-    "dfd": "right looks diversity saturation_mean brightness_mean distance",
-    "spaces": "right looks diversity diversity_shape diversity_named brightness_mean distance",
+    "dfd": "right looks diversity diversity_shape diversity_named saturation_mean brightness_mean distance",
+    "longer": "right looks diversity saturation_mean brightness_mean distance",
     "codmd": "right looks frames samples distance",
     "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
     "i2v": "right motions diversity brightness_mean",

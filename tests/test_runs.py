@@ -520,7 +520,7 @@ def test_a_restarted_launch_goes_on_with_its_own_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_from_the_newest_checkpoint(tmp_path):
-    words = "-m torch.distributed.run --standalone --nproc_per_node=1 --max-restarts=1 dmd2.py --gan-weight 0"
+    words = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1 dmd2.py --gan-weight 0"
     words += " --batch-size 1 --preview-every 0 --steps 400 --save-every 5 --keep 0 --student-every 1 --runs-dir"
     launch = subprocess.Popen([sys.executable, *words.split(), str(tmp_path)], cwd=ROOT)
     worker = lambda: Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()[0]

@@ -237,11 +237,15 @@ def one_line_errors():
         line = f"error: {one_line(error)}"
         if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
             raise SystemExit(line) from None
-        with suppress(FileExistsError):  # of the first process that fails: torchrun shows it below all else
+        more = os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+        try:
             Path(file).parents[1].joinpath("told").touch(exist_ok=False)
-            shown = {"py_callstack": line, "timestamp": int(time.time())}
-            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": shown}}))
-        raise SystemExit(1) from None
+        except FileExistsError:
+            time.sleep(2)  # torchrun ends all processes when one has ended: let the first to fail tell it
+            raise SystemExit(1) from None
+        shown = {"py_callstack": line, "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": shown}}))
+        raise SystemExit(line if more else 1) from None  # after its last attempt torchrun shows it below all else
 
 
 def launch(main, Args):
