@@ -146,9 +146,9 @@ def command_of(script, args):
 
 
 def add_to(path, rows):
-    """Write rows to a CSV file; in one that is there they replace those of the same teacher, name and seed."""
+    """Write rows to a CSV file; in one that is there they replace those of the same teacher, name, seed and run."""
     before = csv.DictReader(open(path)) if path.exists() else ()
-    table = {(row["teacher"], row["name"], str(row["seed"])): row for row in [*before, *rows]}
+    table = {(row["teacher"], row["name"], str(row["seed"]), row["run"]): row for row in [*before, *rows]}
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -157,7 +157,7 @@ def add_to(path, rows):
 
 def table_of(rows, figures=tuple(COLUMNS), card=False):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
-    table = [["", "seeds", *(COLUMNS[figure] for figure in figures)]]
+    table = [["", "runs", *(COLUMNS[figure] for figure in figures)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])
