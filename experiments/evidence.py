@@ -65,6 +65,8 @@ class Args:
     long: bool = False
     """Also videos of twice as many latent frames by causal students, each block reading as many frames as in training;
     the row's figures are those of the last frames."""
+    exits: bool = False
+    """Also videos after one, two, … of a student's steps, where training lets it stop too."""
     card: bool = False
     """A report card: few figures, each a row, a column per run, and last what is healthy after `make demo`."""
     out: Path = Path("runs/evidence")
@@ -236,6 +238,15 @@ def main(args):
         revision, run, command = checkpoint.parents[1] / "revision.txt", Path(folder).name, command_of(script, run_args)
         about = {"commit": revision.read_text().strip() if revision.is_file() else "", "command": command}
         add(name, run, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
+        for steps in range(1, len(getattr(run_args, "student_sigmas", ())) if args.exits else 0):
+            early = replace(run_args, student_sigmas=run_args.student_sigmas[:steps])
+            add(
+                f"{name}, exit {steps}",
+                run,
+                run_args.seed,
+                sample(partial(sampler, shape, early), run_args.seed),
+                **about,
+            )
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
             latents = sample(partial(sampler, longer, run_args), run_args.seed)

@@ -147,6 +147,7 @@ def table_in(path, table):
     """A table in Markdown, made from the CSV file `path` alone: data and teacher, then the runs."""
     teacher, lines = "tiny-i2v" if table == "i2v" else "tiny", csv.DictReader(open(path))
     labels = ["", *(RUNS[name][0] for name in TABLES[table].split())]
+    labels += [f"DMD2, exit {steps}" for steps in (1, 2, 3)] * (table == "excess")
     rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
     rows = [line for label in labels for own, line in rows if own == label]
     return table_of(rows, FIGURES[table].split())
@@ -172,7 +173,8 @@ def main(
         if rows:
             folders, labels = zip(*rows)
             words = [*folders, "--names", *labels, "--csv", path, "--out", runs_dir / f"table_{table}"]
-            words += ["--seeds", "64", "--teacher-steps", "25", "4", *(["--long"] if table == "causal" else [])]
+            words += ["--seeds", "64", "--teacher-steps", "25", "4"]
+            words += {"causal": ["--long"], "excess": ["--exits"]}.get(table, [])
             subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
         print("\n".join(["", table, "", *table_in(path, table)]))
 
