@@ -34,7 +34,7 @@ from models.presets import TINY_WORLD, name_of
 from tiny import world as tiny
 from training.files import UserError, hashed, read_json, read_prompts, stamps, written_aside
 from training.finished import load_run, model_of, student_sampler, teacher_sampler
-from training.flags import one_line_errors
+from training.flags import cli, one_line_errors
 from training.media import h264_options, read_video, write_video
 from training.run import check_shared
 
@@ -147,6 +147,8 @@ def generate(args, device):
     entries, fed = read_entries(args, run_args.teacher)
     images = find_images(model, args.images, len(entries))
     items, raw = vbench.items_of(entries, fed), args.checkpoint.endswith(":raw")
+    if not vbench.select(items, args.dims, args.limit):
+        raise UserError(f"--dims {' '.join(args.dims)}: no prompt is for them but VBench's own")
     weights = [path for folder in (checkpoint, model.folder) for path in sorted(folder.rglob("*.safetensors"))]
     config = asdict(run_args) | {
         "script": script.__name__, "checkpoint": checkpoint.name, "weights": f"{hashed(stamps(weights)):x}",
@@ -307,4 +309,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        main(cli(Args, description=__doc__))

@@ -27,7 +27,7 @@ from tiny import world as tiny
 from tiny.samples import TinyWorld
 from training.files import UserError, written_aside
 from training.finished import load_run, students_of
-from training.flags import one_line_errors, recipe_args
+from training.flags import cli, one_line_errors, recipe_args
 from training.media import moving_sheet
 from training.metrics import pairwise_rms, preview_metrics
 
@@ -239,14 +239,8 @@ def main(args):
         about = {"commit": revision.read_text().strip() if revision.is_file() else "", "command": command}
         add(name, run, run_args.seed, sample(partial(sampler, shape, run_args), run_args.seed), **about)
         for steps in range(1, len(getattr(run_args, "student_sigmas", ())) if args.exits else 0):
-            early = replace(run_args, student_sigmas=run_args.student_sigmas[:steps])
-            add(
-                f"{name}, exit {steps}",
-                run,
-                run_args.seed,
-                sample(partial(sampler, shape, early), run_args.seed),
-                **about,
-            )
+            early = partial(sampler, shape, replace(run_args, student_sigmas=run_args.student_sigmas[:steps]))
+            add(f"{name}, exit {steps}", run, run_args.seed, sample(early, run_args.seed), **about)
         if args.long and (block := getattr(run_args, "frame_block", 0)):
             students[0].kept_frames, longer = shape[1] - block, (shape[0], 2 * shape[1], *shape[2:])
             latents = sample(partial(sampler, longer, run_args), run_args.seed)
@@ -262,4 +256,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        main(cli(Args, description=__doc__))

@@ -55,8 +55,6 @@ RUNS = {
         f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity --data-prob 1",
     ),
     "dfd_score_p1": ("+ DFD, score, p 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score --data-prob 1"),
-    "dfd_simulate": ("+ DFD, simulate", f"{DFD} --steps 50 {SIMULATE}"),
-    "dfd_x3": ("+ DFD x 3", f"{DFD} --steps 150"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
     "codmd": ("CoDMD, frames", "codmd.py --steps 500"),
     "codmd_both": ("CoDMD, both", f"{CODMD} --steps 500"),
@@ -90,18 +88,16 @@ RUNS = {
 TABLES = {
     "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
     "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
-    "longer": "dfd_simulate dfd_x3 dfd_x10",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
     "phased_dmd": "dmd2 euler experts one_network phased_dmd phased_disjoint dpdmd ddmd vanilla phased_4 phased_naive",
     "excess": "untrained dmd2 last_exit fake_score_rare fake_score_often guidance_1 guidance_8",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
-    "broken": "dmd2 fake_score_rare lr_high guidance_8",  # of curves.md
+    "broken": "dmd2 fake_score_rare lr_high guidance_8 dfd_x10",  # of curves.md
 }
 # name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
     "dfd": "right looks diversity diversity_shape diversity_named saturation_mean brightness_mean distance",
-    "longer": "right looks diversity saturation_mean brightness_mean distance",
     "codmd": "right looks frames samples distance",
     "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
     "i2v": "right motions diversity brightness_mean",

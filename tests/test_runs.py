@@ -292,7 +292,7 @@ def test_checkpoints_that_cannot_go_on_are_named(tmp_path, fails):
     shard.write_bytes(shard.read_bytes()[:-10])
     fails(lambda: train(runs_dir=tmp_path, resume=run), str(checkpoint))
     (checkpoint / "checkpoint.json").unlink()
-    fails(lambda: train(runs_dir=tmp_path, resume=run), str(checkpoint), "checkpoint.json")
+    fails(lambda: train(runs_dir=tmp_path, resume=run), str(checkpoint), "step_N")
 
 
 def test_saving_before_an_optimizers_first_step_changes_nothing():

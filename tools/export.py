@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 import common
 from models.presets import PRESETS, TINY_WORLD
 from models.wan import Wan
-from training.files import UserError, read_json, written_aside
+from training.files import UserError, opened, read_json, written_aside
 from training.finished import load_run, run_of, student_folders
-from training.flags import one_line_errors
+from training.flags import cli, one_line_errors
 from training.published import wan_name
 
 SAMPLERS = {
@@ -62,6 +62,9 @@ def read_student(run, teacher):
     script, args, checkpoint = load_run(run)
     model = common.Model(teacher or args.student or args.teacher, *args.size)
     folders, levels = student_folders(script, args, checkpoint), script.noise_levels(args)  # levels of each network
+    print(f"reading {checkpoint}: minutes, if it is large")
+    for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+        opened(path)  # is whole
     sigmas, name, why = [sigma for own in levels for sigma in own], model.index["_class_name"], ""
     block, phased = getattr(args, "frame_block", 0), hasattr(args, "phase_ends")
     sampler = "causal" if block else "euler" if phased else "renoise"
@@ -256,4 +259,4 @@ def notes(student):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        main(cli(Args, description=__doc__))

@@ -31,7 +31,7 @@ from models.images import read_images
 from models.latents import encode
 from tools.video_in import read_clip
 from training.files import UserError, hashed, opened, read_shard, readable, stamps, write_shard, written_aside
-from training.flags import one_line_errors, recipe_args
+from training.flags import cli, one_line_errors, recipe_args
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # in any case
 READER = 2  # one more whenever read_clip gives other pixels, so that old shards are not taken for new ones
@@ -175,4 +175,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        main(cli(Args, description=__doc__))

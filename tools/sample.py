@@ -26,7 +26,7 @@ from models.images import find_images
 from models.latents import decode
 from training.files import UserError, read_prompts
 from training.finished import load_run, model_of, run_of, student_sampler, teacher_sampler
-from training.flags import one_line_errors
+from training.flags import cli, one_line_errors
 from training.media import contact_sheet, thumbnail, write_video
 
 SHOWN = 12  # prompts on the sheet
@@ -82,6 +82,7 @@ def main(args):
         raise UserError(f"{out} is not empty: delete it, or give another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
 
+    print(f"loading the student of {checkpoint}: minutes, if it is large")
     device = common.init_distributed()
     data, vae = common.encode_text(model, prompts, cache, device, images), model.load_vae(device, only_decodes=True)
     about = (model, device, script, run_args, checkpoint, args.checkpoint.endswith(":raw"), args.kept_frames)
@@ -114,4 +115,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+        main(cli(Args, description=__doc__))

@@ -59,8 +59,16 @@ def find_checkpoint(runs_dir, script, teacher, seed, resume):
             where = f"{runs_dir}/{run_name(script, teacher, seed)}*"
             raise UserError(f"--resume latest: no checkpoint in {where}; leave --resume out to start")
         return max(found, key=lambda path: path.stat().st_mtime)
-    path = Path(resume).absolute()
-    return latest_checkpoint(path) or path
+    return checkpoint_in(resume)
+
+
+def checkpoint_in(path):
+    """The newest checkpoint of a run folder, or a checkpoint folder itself; absolute."""
+    path = Path(path).absolute()
+    checkpoint = latest_checkpoint(path) or path
+    if not (checkpoint / "checkpoint.json").is_file():
+        raise UserError(f"{checkpoint} is no run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
+    return checkpoint
 
 
 def find_init(runs_dir, teacher, init, subject=None):
@@ -148,10 +156,10 @@ def load_networks(checkpoint, networks):
 
     A network is there as a whole or not at all, but for a discriminator's heads, which may be new.
     """
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint / "state"))
-    known, wanted = reader.read_metadata().state_dict_metadata, flat_state(networks, {})
-    found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
+    reader, wanted = dcp.HuggingFaceStorageReader(str(checkpoint / "state")), flat_state(networks, {})
     with readable(f"{checkpoint} into these networks"):
+        known = reader.read_metadata().state_dict_metadata
+        found = {"student"} | {name for name in networks if any(key.startswith(f"{name}.") for key in known)}
         for key in sorted(known.keys() ^ wanted.keys()):
             if key.split(".")[0] in found & networks.keys() and ".heads." not in key:
                 raise ValueError(f"{key} is {'unknown' if key in known else 'missing'}")

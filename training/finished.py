@@ -7,16 +7,13 @@ from pathlib import Path
 import torch
 
 import common
-from training.checkpoints import latest_checkpoint, load_networks
+from training.checkpoints import checkpoint_in, load_networks
 from training.files import UserError, read_json
 
 
 def load_run(folder):
     """(script module, its Args, checkpoint) of a run folder (its newest) or checkpoint folder, with or without :raw."""
-    folder = Path(str(folder).removesuffix(":raw")).absolute()
-    checkpoint = latest_checkpoint(folder) or folder
-    if not (checkpoint / "checkpoint.json").is_file():
-        raise UserError(f"{folder} is no run with a checkpoint: give runs/NAME or runs/NAME/checkpoints/step_N")
+    checkpoint = checkpoint_in(str(folder).removesuffix(":raw"))
     record = read_json(checkpoint / "args.json")  # what it was trained with
     script = load_script(record.pop("script"))
     known = script.Args.__pydantic_fields__  # older runs have flags that are gone

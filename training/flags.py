@@ -203,14 +203,19 @@ def parse_args(Args):
     # tyro joins lines that begin with a letter
     wide = {"width": shutil.get_terminal_size().columns, "initial_indent": " ", "subsequent_indent": " "}
     parts = (part if part.startswith(" ") else textwrap.fill(part, **wide) for part in about.split("\n\n"))
+    flags = vars(cli(grouped(args), description="\n\n".join(parts)))
+    return Args(**{name: value for group in flags.values() for name, value in vars(group).items()})
+
+
+def cli(kind, description):
+    """tyro.cli, with what is wrong in one line in place of a box."""
     try:
         with redirect_stderr(io.StringIO()) as box:
-            flags = vars(tyro.cli(grouped(args), description="\n\n".join(parts)))
+            return tyro.cli(kind, description=description)
     except SystemExit as end:
         if not end.code:
             raise
         raise UserError(" ".join(re.sub("^.*\n|[│─╭╮╰╯]", "", box.getvalue()).split())) from None  # without its frame
-    return Args(**{name: value for group in flags.values() for name, value in vars(group).items()})
 
 
 def grouped(args):

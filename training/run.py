@@ -166,7 +166,7 @@ class Run:
         if not self.signal:
             self.signal, self.signalled = number, time.monotonic()
             if self.rank == 0:  # not by print, which may be at work
-                os.write(2, b"\nstopping: this step is finished first, then saved\n")
+                os.write(2, b"\nstopping when this step or preview is finished and saved\n")
 
     def stop_signal(self):
         """The signal that asks this run to stop, agreed by all ranks; 0 if none. Call once per step, on every rank:
