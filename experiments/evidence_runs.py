@@ -63,14 +63,14 @@ RUNS = {
     "codmd_on": ("+ CoDMD x 3", f"{CODMD} --init dmd2 --steps 150 {POST}"),
     "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
     "euler": ("DMD2, Euler steps", f"{VARIANT} euler --gan-weight 0 --steps 500"),
-    "experts": ("DMD2, Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
+    "experts": ("Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
     "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 8 --steps 500"),
     "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "last_exit": ("DMD2, no early exits", f"{VARIANT} last_exit --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
     "one_network": ("Phased DMD, one network", f"{VARIANT} one_network --steps 500"),
-    "phased_disjoint": ("disjoint score times", f"{VARIANT} disjoint_sigmas --steps 500"),
+    "phased_disjoint": ("disjoint score levels", f"{VARIANT} disjoint_sigmas --steps 500"),
     "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
     "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
     "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
@@ -97,9 +97,9 @@ TABLES = {
 }
 # name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
-    "dfd": "right looks diversity diversity_shape diversity_named saturation_mean brightness_mean distance",
+    "dfd": "right looks diversity diversity_named brightness_mean distance",
     "codmd": "right looks frames samples distance",
-    "phased_dmd": "right looks position saturation_mean brightness_mean coherence distance",
+    "phased_dmd": "right looks position brightness_mean distance",
     "i2v": "right motions diversity brightness_mean",
     "causal": "right looks brighter stronger distance",
 }
@@ -146,6 +146,7 @@ def table_in(path, table):
     labels += [f"DMD2, exit {steps}" for steps in (1, 2, 3)] * (table == "excess")
     rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
     rows = [line for label in labels for own, line in rows if own == label]
+    rows = [line for line in rows if table == "excess" or not line["name"].startswith("teacher, 4")]
     return table_of(rows, FIGURES[table].split())
 
 
