@@ -69,7 +69,7 @@ class Args:
 
 @torch.no_grad()
 def main(args):
-    if bool(args.prompt) == bool(args.prompts):
+    if bool(args.prompt) == bool(args.prompts) or "" in args.prompt:
         raise UserError("give --prompt TEXT or --prompts FILE, one of the two")
     prompts = read_prompts(args.prompts) if args.prompts else list(args.prompt)
     script, run_args, checkpoint = load_run(args.checkpoint)
