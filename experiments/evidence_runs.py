@@ -67,6 +67,7 @@ RUNS = {
     "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 8 --steps 500"),
     "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
     "last_exit": ("DMD2, no early exits", f"{VARIANT} last_exit --gan-weight 0 --steps 500"),
+    "late_exits": ("DMD2, last two exits", f"{VARIANT} late_exits --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
     "one_network": ("Phased DMD, one network", f"{VARIANT} one_network --steps 500"),
@@ -90,7 +91,7 @@ TABLES = {
     "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
     "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
     "phased_dmd": "dmd2 euler experts one_network phased_dmd phased_disjoint dpdmd ddmd vanilla phased_4 phased_naive",
-    "excess": "untrained dmd2 last_exit fake_score_rare fake_score_often guidance_1 guidance_8",
+    "excess": "untrained dmd2 late_exits last_exit fake_score_rare fake_score_often guidance_1 guidance_8",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
     "broken": "dmd2 fake_score_rare lr_high guidance_8 dfd_x10",  # of curves.md
