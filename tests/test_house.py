@@ -27,7 +27,7 @@ BARS = {  # of each room: lines and tokens at most
     "docs": (200, 1700), "tests": (6250, 65000),
 }  # fmt: skip
 LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 402, "training": 270, "tests": 600}
-REACHED = 1896  # issue 34 asked for 1,700
+REACHED = 1895  # issue 34 asked for 1,700
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
 
 

@@ -108,6 +108,10 @@ class Run:
         if not self.folder:
             self.take(Path(self.args["runs_dir"]) / f"{run_name(*self.which)}{datetime.now():%Y%m%d-%H%M%S-%f}")
         if self.rank == 0:
+            for part in ("checkpoints", "previews"):
+                (self.folder / part).mkdir(exist_ok=True)
+            for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
             self.describe()
             self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
             if self.args["track"]:
@@ -135,10 +139,6 @@ class Run:
 
     def describe(self):
         """Write down what this run is: its flags, the commit, the script itself. Say which flags are new."""
-        for part in ("checkpoints", "previews"):
-            (self.folder / part).mkdir(exist_ok=True)
-        for leftover in self.folder.glob("checkpoints/*.tmp"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
         before = flags_of(self.checkpoint.parents[1]) if self.checkpoint else self.args
         if self.checkpoint:
             print(f"going on from {self.checkpoint}")

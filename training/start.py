@@ -32,9 +32,8 @@ def check_start(init, flags):
         how = f"with --frame-block {before['frame_block']}, in dmd2.py, dfd.py or codmd.py"
         raise UserError(f"--init: the student of {init} is causal, and goes on {how}")
     names = handed_on(before, flags)
-    yield (
-        f"starting from {init}" + ", with its" * bool(names) + "".join(f" {flag(name)} {flags[name]}" for name in names)
-    )
+    own = "".join(f" {flag(name)} {flags[name]}" for name in names)
+    yield f"starting from {init}, with its{own}" if own else f"starting from {init}"
     for name in sorted({"teacher", "student_sigmas", *names} & before.keys() & flags.keys()):
         if before[name] != flags[name]:
             yield f"warning: {init} was trained with other {flag(name)}: {before[name]}"
