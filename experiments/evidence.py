@@ -159,7 +159,7 @@ def add_to(path, rows):
 
 def table_of(rows, figures=tuple(COLUMNS), card=False):
     """Markdown lines of dicts of figures: mean ± spread of those that have one name."""
-    table = [["", "runs", *(COLUMNS[figure] for figure in figures)]]
+    table = [["", "runs", *(COLUMNS.get(figure, figure) for figure in figures)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         table.append([name, str(len(own))])

@@ -23,57 +23,60 @@ import tyro
 from experiments.evidence import TWICE, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = (  # flags of all
+# flags of all
+EVERY = (
     "--ema-decay 0 --save-every 1000000 --preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25"
 )
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe
 OFTEN, SIMULATE = "--preview-every 5", "--student-input simulate"
 I2V, CAUSAL, VARIANT = "--teacher tiny-i2v", "--frame-block 1", "experiments/variant.py"
-DMD2, DFD, CODMD = "dmd2.py --gan-weight 0", "dfd.py --init dmd2", "codmd.py --sample-relation 1"
+DMD2, DFD, EIGHT = "dmd2.py --gan-weight 0", "dfd.py --init dmd2", "1 .955 .9 .833 .75 .643 .5 .3"
+LAST, CELLS = f"{VARIANT} last_exit --gan-weight 0", f"{VARIANT} relations --pool 2"
+GROUPS, SPACE = "--same-caption 4 --sample-relation 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space"
 # name: (row of a table, command; --init is the name of a run that stands before)
 RUNS = {
     "dmd2": ("DMD2", f"{DMD2} --steps 500"),
     "untrained": ("DMD2, untrained", f"{DMD2} --steps 1 --lr 0 --weight-decay 0"),  # the student before it learns
     "dmd": ("DMD, 1 step", "dmd.py --steps 500 --shift 3"),  # budget and shift of the others, not its recipe
-    "dmd_regression": ("DMD, regression .25", "dmd.py --steps 500 --shift 3 --regression-weight .25"),  # the paper's
-    "dmd_shift_1": ("DMD, shift 1", "dmd.py --steps 500"),  # the recipe's shift
+    "steps_1": ("DMD2, 1 step", f"{DMD2} --steps 500 --student-sigmas 1"),
+    "steps_2": ("DMD2, 2 steps", f"{DMD2} --steps 500 --student-sigmas 1 .75"),
+    "steps_8": ("DMD2, 8 steps", f"{DMD2} --steps 500 --student-sigmas {EIGHT}"),
+    "last_exit_8": ("8 steps, no early exits", f"{LAST} --steps 500 --student-sigmas {EIGHT}"),
     "gan": ("DMD2 + GAN", "dmd2.py --steps 500"),
-    "gan_x30": ("DMD2 + GAN x 30", "dmd2.py --steps 500 --gan-weight .1"),
     "x2": ("DMD2, twice as long", f"{DMD2} --steps 1000"),
-    "x6": ("DMD2, six times as long", f"{DMD2} --steps 3000"),
+    "lr_half": ("DMD2, rates / 2", f"{DMD2} --steps 500 --lr 5e-4 --fake-score-lr 5e-4"),
+    "lr_double": ("DMD2, rates x 2", f"{DMD2} --steps 500 --lr 2e-3 --fake-score-lr 2e-3"),
     "guidance_1": ("DMD2, guidance 1", f"{DMD2} --steps 500 --guidance-scale 1"),
     "guidance_4": ("DMD2, guidance 4", f"{DMD2} --steps 500 --guidance-scale 4"),
+    "guidance_6": ("DMD2, guidance 6", f"{DMD2} --steps 500 --guidance-scale 6"),
     "guidance_8": ("DMD2, guidance 8", f"{DMD2} --steps 500 --guidance-scale 8"),
     "dmd2_on": ("+ DMD2", f"{DFD} --steps 50 --data-prob 0 {SIMULATE} {OFTEN}"),  # p 0 is dmd2.py
     "regression": ("+ regression", f"{VARIANT} regression --init dmd2 --steps 50"),
     "dfd": ("+ DFD", f"{DFD} --steps 50 {OFTEN}"),
     "dfd_p1": ("+ DFD, p 1", f"{DFD} --steps 50 --data-prob 1"),
-    "dfd_velocity": ("+ DFD, velocity", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity"),
-    "dfd_score": ("+ DFD, score", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score"),
-    "dfd_velocity_p1": (
-        "+ DFD, velocity, p 1",
-        f"{VARIANT} dfd_space --init dmd2 --steps 50 --space velocity --data-prob 1",
-    ),
-    "dfd_score_p1": ("+ DFD, score, p 1", f"{VARIANT} dfd_space --init dmd2 --steps 50 --space score --data-prob 1"),
+    "dfd_velocity": ("+ DFD, velocity", f"{SPACE} velocity"),
+    "dfd_score": ("+ DFD, score", f"{SPACE} score"),
+    "dfd_velocity_p1": ("+ DFD, velocity, p 1", f"{SPACE} velocity --data-prob 1"),
+    "dfd_score_p1": ("+ DFD, score, p 1", f"{SPACE} score --data-prob 1"),
     "dfd_x10": ("+ DFD x 10", f"{DFD} --steps 500"),
     "codmd": ("CoDMD, frames", "codmd.py --steps 500"),
-    "codmd_both": ("CoDMD, both", f"{CODMD} --steps 500"),
-    "codmd_both_w1": ("CoDMD, both, weight 1", f"{CODMD} --steps 500 --relation-weight 1"),
-    "dmd2_on_x3": ("+ DMD2 x 3", f"{DFD} --steps 150 --data-prob 0 {SIMULATE}"),
-    "codmd_on": ("+ CoDMD x 3", f"{CODMD} --init dmd2 --steps 150 {POST}"),
-    "codmd_on_w1": ("+ CoDMD x 3, weight 1", f"{CODMD} --init dmd2 --steps 150 --relation-weight 1 {POST}"),
+    "cells": ("CoDMD, cells", f"{CELLS} --steps 500"),
+    "cells_w03": ("CoDMD, cells, weight .03", f"{CELLS} --steps 500 --relation-weight .03"),
+    "cells_w3": ("CoDMD, cells, weight .3", f"{CELLS} --steps 500 --relation-weight .3"),
+    "cells_samples": ("CoDMD, cells, samples alone", f"{CELLS} {GROUPS} --steps 500 --frame-relation 0"),
+    "cells_both": ("CoDMD, cells, both", f"{CELLS} {GROUPS} --steps 500"),
+    "cells_both_1": ("CoDMD, cells, both, 1 step", f"{CELLS} {GROUPS} --steps 500 --student-sigmas 1"),
     "euler": ("DMD2, Euler steps", f"{VARIANT} euler --gan-weight 0 --steps 500"),
     "experts": ("Euler steps, an expert per phase", f"{VARIANT} experts --steps 500"),
     "dpdmd": ("DP-DMD", f"{VARIANT} dpdmd --gan-weight 0 --anchor-step 8 --steps 500"),
     "ddmd": ("Decoupled DMD", f"{VARIANT} ddmd --gan-weight 0 --steps 500"),
-    "last_exit": ("DMD2, no early exits", f"{VARIANT} last_exit --gan-weight 0 --steps 500"),
+    "last_exit": ("DMD2, no early exits", f"{LAST} --steps 500"),
     "late_exits": ("DMD2, last two exits", f"{VARIANT} late_exits --gan-weight 0 --steps 500"),
     "vanilla": ("gradient in all steps", f"{VARIANT} vanilla --gan-weight 0 --steps 500"),
     "phased_dmd": ("Phased DMD", "phased_dmd.py --steps 500"),
     "one_network": ("Phased DMD, one network", f"{VARIANT} one_network --steps 500"),
-    "phased_disjoint": ("disjoint score levels", f"{VARIANT} disjoint_sigmas --steps 500"),
-    "phased_4": ("4 phases", "phased_dmd.py --steps 500 --phase-ends .9 .75 .5 0"),
     "phased_naive": ("naive target", f"{VARIANT} naive_target --steps 500"),
+    "phased_disjoint": ("disjoint score levels", f"{VARIANT} disjoint_sigmas --steps 500"),
     "fake_score_rare": ("fake score 1 : 1", f"{DMD2} --steps 100 --student-every 1 --preview-every 10"),
     "fake_score_often": ("fake score 1 : 10", f"{DMD2} --steps 1000 --student-every 10"),
     "lr_high": ("rates x 10", f"{DMD2} --steps 500 --lr 1e-2 --fake-score-lr 1e-2"),
@@ -87,22 +90,28 @@ RUNS = {
 }
 # name: its runs
 TABLES = {
-    "dmd2": "untrained dmd dmd_regression dmd_shift_1 dmd2 gan gan_x30 x2 x6 guidance_1 guidance_4 guidance_8",
+    "dmd2": "dmd steps_1 steps_2 dmd2 steps_8 last_exit_8 gan codmd guidance_4",
+    "excess": "untrained dmd2 late_exits last_exit fake_score_rare fake_score_often lr_half lr_double x2 "
+    "guidance_1 guidance_8",
     "dfd": "dmd2 dmd2_on regression dfd dfd_p1 dfd_velocity dfd_velocity_p1 dfd_score dfd_score_p1",
-    "codmd": "dmd2 codmd codmd_both codmd_both_w1 dmd2_on_x3 codmd_on codmd_on_w1",
-    "phased_dmd": "dmd2 euler experts one_network phased_dmd phased_disjoint dpdmd ddmd vanilla phased_4 phased_naive",
-    "excess": "untrained dmd2 late_exits last_exit fake_score_rare fake_score_often guidance_1 guidance_8",
+    "phased_dmd": "dmd2 euler experts one_network phased_dmd phased_disjoint dpdmd ddmd vanilla",
     "i2v": "i2v i2v_dfd",
     "causal": "causal_start causal causal_on causal_dfd causal_dfd_simulate",
-    "broken": "dmd2 fake_score_rare lr_high guidance_8 dfd_x10",  # of curves.md
+    # of other teachers, see evidence.md
+    "rare": "untrained dmd2 last_exit guidance_1 guidance_4 guidance_6 dmd2_on dfd dfd_score",
+    "relations": "dmd2 codmd cells_w03 cells cells_w3 cells_samples cells_both steps_1 cells_both_1",
+    "dull": "dmd2 dmd2_on dfd gan",
+    "broken": "dmd2 fake_score_rare lr_high guidance_8 phased_naive dfd_x10",  # of curves.md
 }
 # name: its columns, of evidence.COLUMNS
 FIGURES = dict.fromkeys(TABLES, "right looks saturation_mean brightness_mean distance") | {
     "dfd": "right looks diversity diversity_named brightness_mean distance",
-    "codmd": "right looks frames samples distance",
     "phased_dmd": "right looks position brightness_mean distance",
     "i2v": "right motions diversity brightness_mean",
     "causal": "right looks brighter stronger distance",
+    "rare": "right looks fast shrink hue tied endpoints distance",
+    "relations": "right frames shrink hue tied endpoints distance",
+    "dull": "right looks speed_mean saturation_mean brightness_mean distance",
 }
 
 
@@ -120,29 +129,29 @@ def finished(runs_dir, name, seed):
     return found[-1].parents[2] if found else None
 
 
-def command(runs_dir, name, seed):
+def command(runs_dir, name, seed, teacher):
     words, parent = words_of(name)
     if parent:
         words[words.index("--init") + 1] = str(finished(runs_dir, parent, seed) or f"<the run of {parent}>")
-    at = words.index("--steps")  # what comes after it stands
-    return [*words[:at], *EVERY.split(), "--seed", str(seed), "--runs-dir", str(runs_dir / name), *words[at:]]
+    at, own = words.index("--steps"), ["--teacher", teacher] * (teacher != "tiny")  # what comes after --steps stands
+    return [*words[:at], *own, *EVERY.split(), "--seed", str(seed), "--runs-dir", str(runs_dir / name), *words[at:]]
 
 
-def train(runs_dir, name, seed):
+def train(runs_dir, name, seed, teacher):
     if finished(runs_dir, name, seed):
         return
     log = runs_dir / name / f"{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
-        words, env = [sys.executable, *command(runs_dir, name, seed)], os.environ | {"OMP_NUM_THREADS": "1"}
+        words, env = [sys.executable, *command(runs_dir, name, seed, teacher)], os.environ | {"OMP_NUM_THREADS": "1"}
         if subprocess.call(words, cwd=ROOT, env=env, stdout=file, stderr=file):
             sys.exit(f"error: {name}, seed {seed} failed: see {log}")
     print(f"{name}, seed {seed}: done", flush=True)
 
 
-def table_in(path, table):
+def table_in(path, table, teacher="tiny"):
     """A table in Markdown, made from the CSV file `path` alone: data and teacher, then the runs."""
-    teacher, lines = "tiny-i2v" if table == "i2v" else "tiny", csv.DictReader(open(path))
+    teacher, lines = "tiny-i2v" if table == "i2v" else teacher, csv.DictReader(open(path))
     labels = ["", *(RUNS[name][0] for name in TABLES[table].split())]
     labels += [f"DMD2, exit {steps}" for steps in (1, 2, 3)] * (table == "excess")
     rows = [(line["run"] and line["name"].removesuffix(TWICE), line) for line in lines if line["teacher"] == teacher]
@@ -152,8 +161,9 @@ def table_in(path, table):
 
 
 def main(
-    tables: tuple[str, ...] = tuple(TABLES)[:-1],
+    tables: tuple[str, ...] = tuple(TABLES)[:-4],
     seeds: tuple[int, ...] = (0, 1, 2),
+    teacher: str = "tiny",
     jobs: int = 1,
     runs_dir: Path = Path("runs/evidence"),
     path: Path = ROOT / "experiments" / "evidence.csv",
@@ -165,7 +175,7 @@ def main(
             wanted.add(words_of(name)[1])  # what it starts from
     names = [name for name in RUNS if name in wanted]
     with ThreadPoolExecutor(jobs) as pool:
-        tuple(pool.map(lambda seed: [train(runs_dir, name, seed) for name in names], seeds))
+        tuple(pool.map(lambda seed: [train(runs_dir, name, seed, teacher) for name in names], seeds))
     for table in tables:
         rows = [(finished(runs_dir, name, seed), RUNS[name][0]) for name in TABLES[table].split() for seed in seeds]
         if rows:
@@ -174,7 +184,7 @@ def main(
             words += ["--seeds", "64", "--teacher-steps", "25", "4"]
             words += {"causal": ["--long"], "excess": ["--exits"]}.get(table, [])
             subprocess.run([sys.executable, "experiments/evidence.py", *words], cwd=ROOT, check=True)
-        print("\n".join(["", table, "", *table_in(path, table)]))
+        print("\n".join(["", table, "", *table_in(path, table, teacher)]))
 
 
 if __name__ == "__main__":

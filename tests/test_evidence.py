@@ -2,8 +2,10 @@
 
 import csv
 import importlib
+import json
 import math
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from itertools import cycle
@@ -188,3 +190,44 @@ def test_the_pages_tables_are_those_of_the_csv():
     assert len({line["per_caption"] for line in csv.DictReader(open(path))}) == 1  # else looks do not compare
     for table in ("excess", "dfd", "phased_dmd"):
         assert set(evidence_runs.table_in(path, table)) <= set(page), table
+
+
+@pytest.mark.parametrize("name", ["rare", "dull"])
+def test_another_world_is_a_patch_that_fits_and_can_be_read_back(name, tmp_path):
+    """Its clips, read by its own measures in a process of its own, are what their factors say."""
+    for room in ("tiny", "experiments"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("teacher", "teacher_*", "*.csv"))
+    patch = ROOT / "experiments" / "worlds" / f"{name}.patch"
+    subprocess.run(["patch", "--quiet", "--fuzz=0", "--strip=1", "--input", patch], cwd=tmp_path, check=True)
+    (tmp_path / "look.py").write_text(LOOK)
+    code, figures, errors = run_program(tmp_path / "look.py", [str(tmp_path)], tmp_path, tmp_path / "said")
+    assert code == 0, errors
+    figures = json.loads(figures)
+    assert figures["right"] == 100 and figures["wrong"] == 0 and figures["speed_error"] < 0.05
+    if name == "rare":  # of 512: three standard errors
+        shares = {"still": 50, "fast": 20, "grow": 25, "shrink": 10, "hue": 5}
+        for mode, share in shares.items():
+            assert abs(figures[mode] - share) < 3 * (share * (100 - share) / 512) ** 0.5, mode
+        assert 72 < figures["tied"] < 88 and 0.4 < figures["information"] < 0.9
+        assert 0 < figures["paths"] < figures["endpoints"] < 12.8
+    else:
+        assert figures["speed_mean"] < 0.8 and figures["brightness_mean"] < 0.6, "below all of the shipped world's"
+
+
+LOOK = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import tiny.world, tiny.measures, torch
+assert tiny.world.__file__.startswith(sys.argv[1])
+videos, captions = tiny.world.batch(0, range(512))
+rows = [tiny.world.draw_factors(0, i) for i in range(512)]
+read = tiny.measures.read_factors(videos)
+truth = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+moves = truth["speed"] > 0
+names = ["color", "kind", *(["change"] if "change" in read else [])]
+wrong = sum(int((read[name] != truth[name]).sum()) for name in names)
+wrong += int((read["direction"] != truth["direction"])[moves].sum())
+figures = tiny.measures.summary(videos, captions)
+figures |= {"wrong": wrong, "speed_error": (read["speed"] - truth["speed"]).abs().max().item()}
+print(json.dumps(figures))
+"""

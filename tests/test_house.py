@@ -23,8 +23,8 @@ MAY_IMPORT = {
 }
 BARS = {  # of each room: lines and tokens at most
     "scripts": (1500, 12500), "common": (402, 3040), "models": (1045, 7600), "training": (1545, 11970),
-    "tiny": (770, 6850), "tools": (1180, 9800), "experiments": (1010, 9700), "evaluation": (515, 4100),
-    "docs": (200, 1700), "tests": (6250, 65000),
+    "tiny": (760, 6880), "tools": (1180, 9800), "experiments": (1015, 9700), "evaluation": (515, 4100),
+    "docs": (200, 1700), "tests": (6250, 65500),
 }  # fmt: skip
 LONGEST = {**dict.fromkeys(SCRIPTS, 330), "codmd": 340, "phased_dmd": 370, "common": 402, "training": 270, "tests": 600}
 REACHED = 1895  # issue 34 asked for 1,700

@@ -1,16 +1,19 @@
 """The laptop world: clips are what their factors say, read_factors is right and honest, the shipped teacher works."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 
 import common
 from models.images import to_pil
 from models.presets import PRESETS
+from tests.conftest import same
 from tiny import measures, train, world
 from tiny.training import teacher
 from tiny.training.optim import MuonAndAdamW
@@ -260,3 +263,7 @@ def test_all_stages_write_teachers(tmp_path, monkeypatch):
         assert model.world and set(model.conditions) == conditions
     with pytest.raises(SystemExit, match="vae"):  # nothing is replaced
         train.main(args)
+    own, on = args.out, tmp_path / "on"
+    train.main(replace(args, stages=("teacher",), init=own, out=on, seed=1))
+    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (own, on))
+    assert all(torch.allclose(after[name], x, atol=1e-3) for name, x in before.items()) and not same(before, after)

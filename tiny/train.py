@@ -26,6 +26,8 @@ class Args:
     half the blocks into <out>_small."""
     out: Path = Path("runs/tiny/teacher")
     """Folder of the trained teacher, in the diffusers layout."""
+    init: Path | None = None
+    """A teacher that "teacher" trains on, in place of new weights on the VAE of <out>."""
     seed: int = 0
     """Seed of weights, clips and noise."""
     vae_steps: int = 1400

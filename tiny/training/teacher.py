@@ -31,43 +31,21 @@ def build_tokenizer():
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=TEXT_LENGTH,
-    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=TEXT_LENGTH, **special)
 
 
 def build_text_encoder(vocabulary):
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_heads=2,
-        num_layers=1,
-        dropout_rate=0.0,
-        tie_word_embeddings=False,
-    )
-    return UMT5EncoderModel(config)
+    size = {"vocab_size": vocabulary, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 1}
+    return UMT5EncoderModel(UMT5Config(**size, dropout_rate=0.0, tie_word_embeddings=False))
 
 
 def build_transformer():
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),  # 5 x 8 x 8 latents, 80 tokens
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=8,
-        out_channels=8,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=384,
-        num_layers=6,
-        cross_attn_norm=True,
-        rope_max_seq_len=64,
-    )
+    width = {"num_attention_heads": 4, "attention_head_dim": 24, "text_dim": 32, "freq_dim": 64, "ffn_dim": 384}
+    transformer = WanTransformer3DModel(  # of 5 x 8 x 8 latents, 80 tokens
+        patch_size=(1, 2, 2), in_channels=8, out_channels=8, num_layers=6, cross_attn_norm=True, rope_max_seq_len=64,
+        **width,
+    )  # fmt: skip
     torch.nn.init.zeros_(transformer.proj_out.weight)
     return transformer
 
@@ -165,17 +143,21 @@ def train_transformer(args, pipe, params, steps, peak_lr, known=0):
 
 
 def train_teacher(args):
-    """Train transformer and text encoder on the latents of the VAE in <out>/vae, and write the whole pipeline."""
-    vae = AutoencoderKLWan.from_pretrained(args.out / "vae")
+    """Train transformer and text encoder on latents, and write the whole pipeline: --init's, or a new one of the VAE in
+    <out>/vae.
+    """
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    pipe = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=build_text_encoder(len(tokenizer)),
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=build_transformer(),
-    )
+    if args.init:
+        pipe = WanPipeline.from_pretrained(args.init)
+    else:
+        tokenizer = build_tokenizer()
+        pipe = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=build_text_encoder(len(tokenizer)),
+            vae=AutoencoderKLWan.from_pretrained(args.out / "vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=build_transformer(),
+        )
     params = [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]
     train_transformer(args, pipe, params, args.steps, args.lr)
     pipe.save_pretrained(args.out)
