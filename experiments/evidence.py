@@ -165,7 +165,7 @@ def table_of(rows, figures=tuple(COLUMNS), card=False):
         table.append([name, str(len(own))])
         for figure in figures:
             values = torch.tensor([float(row[figure]) for row in own])
-            table[-1].append(f"{values.mean():.3g}" + (f" ± {values.std():.2g}" if len(own) > 1 else ""))
+            table[-1].append(f"{values.mean():.3g}" + (f"±{values.std():.2g}" if len(own) > 1 else ""))
     if card:
         table = zip(*table, ["healthy for DFD", "", *CARD.values()])
     lines = ["| " + " | ".join(row) + " |" for row in table]

@@ -100,7 +100,7 @@ TABLES = {
     # of other teachers, see evidence.md
     "rare": "untrained dmd2 last_exit guidance_1 guidance_4 guidance_6 dmd2_on dfd dfd_score",
     "relations": "dmd2 codmd cells_w03 cells cells_w3 cells_samples cells_both steps_1 cells_both_1",
-    "dull": "dmd2 dmd2_on dfd gan",
+    "dull": "dmd2 gan dmd2_on regression dfd dfd_x10",
     "broken": "dmd2 fake_score_rare lr_high guidance_8 phased_naive dfd_x10",  # of curves.md
 }
 # name: its columns, of evidence.COLUMNS
