@@ -83,7 +83,7 @@ def run_program(path, words, folder, out):
 
 def one_program(path, words, folder, out):
     for number, end in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(out.with_suffix(end), os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(out.with_suffix(end), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     faulthandler.dump_traceback_later(1200, exit=True)
     os.chdir(folder)
     sys.argv = [str(path), *words]
