@@ -4,11 +4,11 @@
     python experiments/evidence_runs.py --tables dfd --seeds 0       # one table, one seed
     python experiments/evidence_runs.py --seeds                      # the tables of experiments/evidence.csv, no run
 
---tables are names of TABLES, all but `broken` (for docs/curves.md) unless given; what their runs start from is trained
-too. --jobs seeds are trained at a time. Every run is one thread, keeps no average of its student, and writes to its own
-folder, runs/evidence/<name>/. A run that has its last checkpoint is not trained again; one that was interrupted starts
-anew. Its figures, of 64 samples of each caption, are a line of experiments/evidence.csv, and the tables are made from
-that file alone.
+--tables are names of TABLES. Unless given they are all but the last four: of other teachers, which want --teacher, and
+`broken`, for docs/curves.md. What their runs start from is trained too. --jobs seeds are trained at a time. Every run
+is one thread, keeps no average of its student, and writes to its own folder, runs/evidence/<name>/. A run that has its
+last checkpoint is not trained again; one that was interrupted starts anew. Its figures, of 64 samples of each caption,
+are a line of the CSV file --path, and the tables are made from that file alone.
 """
 
 import csv
@@ -23,8 +23,7 @@ import tyro
 from experiments.evidence import TWICE, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
-# flags of all
-EVERY = (
+EVERY = (  # flags of all
     "--ema-decay 0 --save-every 1000000 --preview-every 50 --preview-prompts 12 --preview-seeds 8 --teacher-steps 25"
 )
 POST = "--lr 2e-4 --fake-score-lr 2e-4 --no-anneal-lr"  # the rates of DFD's recipe

@@ -263,7 +263,7 @@ def test_all_stages_write_teachers(tmp_path, monkeypatch):
         assert model.world and set(model.conditions) == conditions
     with pytest.raises(SystemExit, match="vae"):  # nothing is replaced
         train.main(args)
-    own, on = args.out, tmp_path / "on"
-    train.main(replace(args, stages=("teacher",), init=own, out=on, seed=1))
-    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (own, on))
+    on = replace(args, stages=("teacher",), init=args.out, out=tmp_path / "on", seed=1)
+    train.main(on)
+    before, after = (load_file(a.out / "text_encoder" / "model.safetensors") for a in (args, on))
     assert all(torch.allclose(after[name], x, atol=1e-3) for name, x in before.items()) and not same(before, after)
